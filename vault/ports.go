@@ -1,0 +1,92 @@
+package vault
+
+import (
+	"context"
+	"time"
+)
+
+// Store keeps accounts. The domain decides; a store records, and holds the law a
+// second time where it writes. Implementations are safe for concurrent use.
+//
+// Errors other than those named are faults of the store; the domain reports
+// them as ErrStoreUnavailable. Times are the store's own clock, in microseconds.
+type Store interface {
+	// Account reads an account in one statement: the generations that are not
+	// destroyed, the head whatever its state, and the clock. An account that does
+	// not exist is no error: Exists is false, and Now is set.
+	Account(ctx context.Context, id AccountID) (Snapshot, error)
+
+	// Write records a change in one statement, or nothing of it.
+	//
+	// It answers ErrStale, having written nothing, if the account does not carry
+	// Change.Previous any more (or, for a new account, exists already), or if a
+	// new generation's id is taken. It answers
+	// ErrLaw, having written nothing, if any counter would go back, a tombstone
+	// would change, or the attempts used by the account's live generations would
+	// exceed its cap.
+	//
+	// After any other error it is unknown whether the change was written; the
+	// domain reads again before it decides anything.
+	Write(ctx context.Context, change Change) error
+
+	// Due returns at most limit accounts, in the order of their ids and after the
+	// given one, that Sweep has something to do for (see Account.Due).
+	Due(ctx context.Context, after AccountID, limit int) ([]AccountID, error)
+
+	// Taken reports whether a generation of this id was ever stored for the
+	// account, tombstones included.
+	Taken(ctx context.Context, id AccountID, generation GenerationID) (bool, error)
+}
+
+// Snapshot is an account as it was read, not yet verified.
+type Snapshot struct {
+	Account Account
+	Exists  bool
+	Now     time.Time // the database's clock
+}
+
+// Change is an account as it is to be.
+type Change struct {
+	// Previous is the MAC that the account was read with. It is meaningless if Create.
+	Previous RowMAC
+	Create   bool
+	Account  Account
+	// Changed are the generations that differ from what was read, new ones
+	// included, by number; all of them are in Account.Generations too, except
+	// that tombstones other than the head are only here.
+	Changed []Generation
+	Events  []Event
+}
+
+// Token is what the domain asks of the PKCS#11 token. Implementations are safe
+// for concurrent use. An error means that the token could not answer (reported
+// as ErrTokenUnavailable); a repeated call is always safe.
+type Token interface {
+	// Seal encrypts under the newest generation of purpose ("master", "state").
+	Seal(ctx context.Context, purpose string, id [16]byte, plaintext, associated []byte) ([]byte, error)
+	// Open decrypts. authentic is false, without an error, for whatever Seal did
+	// not make with this purpose, id and associated data.
+	Open(ctx context.Context, purpose string, id [16]byte, sealed, associated []byte) (plaintext []byte, authentic bool, err error)
+	// Multiply returns k·point, compressed, for the key k of purpose ("oprf", "server").
+	Multiply(ctx context.Context, purpose string, generation uint32, point [33]byte) ([33]byte, error)
+	// PublicKey returns the compressed public key of purpose.
+	PublicKey(purpose string, generation uint32) ([33]byte, error)
+	// MAC is HMAC-SHA-256 under the mac key of this generation.
+	MAC(ctx context.Context, generation uint32, message []byte) ([32]byte, error)
+	// Sign is ECDSA over P-256 (r and s, 32 bytes each) by the key of purpose ("identity").
+	Sign(ctx context.Context, purpose string, generation uint32, digest [32]byte) ([64]byte, error)
+	// Newest is the generation of purpose that new work uses.
+	Newest(purpose string) uint32
+	// Random returns n bytes from the token's generator.
+	Random(ctx context.Context, n int) ([]byte, error)
+}
+
+// Purposes of the token's keys that the domain uses.
+const (
+	purposeMaster   = "master"
+	purposeState    = "state"
+	purposeOPRF     = "oprf"
+	purposeServer   = "server"
+	purposeMAC      = "mac"
+	purposeIdentity = "identity"
+)

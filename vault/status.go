@@ -1,0 +1,130 @@
+package vault
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/backup-key-vault/bkv/transcript"
+)
+
+// Status is what an account's user may know of it.
+type Status struct {
+	// Generations are those that live or are staged, and the head.
+	Generations  []Generation
+	Follow       GenerationID // what the next enrolment follows
+	AttemptsLeft int
+	MaxAttempts  int
+	NextAttempt  time.Time // zero: now, or none at all
+}
+
+// Status reports an account. What is due is done first, so a status never shows a
+// generation whose time is over. It charges nothing.
+//
+// Errors: InvalidRequest, ErrNotEnrolled, ErrAccountFault, ErrTokenUnavailable, ErrStoreUnavailable.
+func (v *Vault) Status(ctx context.Context, c Caller) (*Status, error) {
+	e, err := v.change(ctx, c, false, func(*edit) error { return nil })
+	if err != nil {
+		return nil, err
+	}
+	return e.status(), nil
+}
+
+func (e *edit) status() *Status {
+	s := &Status{Follow: e.Head, MaxAttempts: e.Policy.MaxAttempts}
+	live := false
+	for _, g := range e.Generations {
+		if g.State != Destroyed || g.ID == e.Head {
+			g.Sealed = nil
+			s.Generations = append(s.Generations, g)
+			live = live || g.Live()
+		}
+	}
+	if live {
+		s.AttemptsLeft = e.AttemptsLeft()
+		if next := e.nextAttempt(); next.After(e.now) {
+			s.NextAttempt = next
+		}
+		if s.AttemptsLeft == 0 {
+			s.NextAttempt = e.openUntil(e.now)
+		}
+	}
+	return s
+}
+
+// Sweep does what is due in all accounts, so that destruction does not wait for a
+// next request. Accounts that cannot be swept are passed over; their errors are
+// joined. It returns how many were changed. Any number of instances can sweep at once.
+func (v *Vault) Sweep(ctx context.Context) (int, error) {
+	const page = 100
+	var after AccountID
+	var swept int
+	var errs []error
+	for {
+		ids, err := v.store.Due(ctx, after, page)
+		if err != nil {
+			return swept, errors.Join(append(errs, storeFault("looking for due accounts", err))...)
+		}
+		for _, id := range ids {
+			if err := ctx.Err(); err != nil {
+				return swept, errors.Join(append(errs, err)...)
+			}
+			if _, err := v.Status(ctx, Caller{Account: id}); err != nil {
+				errs = append(errs, fmt.Errorf("sweeping an account of tenant %s: %w", id.Tenant, err))
+				continue
+			}
+			swept++
+		}
+		if len(ids) < page {
+			return swept, errors.Join(errs...)
+		}
+		after = ids[len(ids)-1]
+	}
+}
+
+// Identity is what clients know a vault by.
+type Identity struct {
+	ID          string
+	Context     []byte
+	IdentityKey [33]byte
+	Fingerprint transcript.Fingerprint
+	Keys        transcript.KeyList
+	Signature   [64]byte // of Keys.Digest, by the identity key
+}
+
+// keyListLifetime is how long a signed key list holds; one is signed for each call
+// of Identity, so callers keep the answer for a while.
+const keyListLifetime = 7 * 24 * time.Hour
+
+// Identity makes and signs the list of the vault's keys: every generation of the
+// server key up to the newest. Its serial is the sum of the newest generations, so
+// that all instances agree on it and it grows with every new key.
+func (v *Vault) Identity(ctx context.Context, now time.Time) (*Identity, error) {
+	const identityGeneration = 1 // it has one, ever: clients pin it
+	key, err := v.token.PublicKey(purposeIdentity, identityGeneration)
+	if err != nil {
+		return nil, tokenFault("reading the identity key", err)
+	}
+	id := &Identity{
+		ID: v.id, Context: slices.Clone(v.context), IdentityKey: key,
+		Fingerprint: transcript.FingerprintOf(v.id, key[:]),
+		Keys: transcript.KeyList{
+			Vault: v.id, NotBefore: now.Add(-time.Hour).Unix(), Expires: now.Add(keyListLifetime).Unix(),
+		},
+	}
+	newest := v.token.Newest(purposeServer)
+	id.Keys.Serial = uint64(newest)
+	for generation := newest; generation >= 1; generation-- {
+		key, err := v.token.PublicKey(purposeServer, generation)
+		if err != nil {
+			return nil, tokenFault("reading the server key", err)
+		}
+		id.Keys.Keys = append(id.Keys.Keys, transcript.ListedKey{Purpose: purposeServer, Generation: generation, Key: key[:]})
+	}
+	if id.Signature, err = v.token.Sign(ctx, purposeIdentity, identityGeneration, id.Keys.Digest()); err != nil {
+		return nil, tokenFault("signing the key list", err)
+	}
+	return id, nil
+}
