@@ -1,0 +1,182 @@
+package vaulttest
+
+import (
+	"context"
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"fmt"
+	"sync"
+
+	"github.com/backup-key-vault/bkv/opaque"
+	"github.com/backup-key-vault/bkv/transcript"
+)
+
+// SoftToken is vault.Token in software, with one generation of each key: for tests
+// that need thousands of runs or faults at chosen calls. It counts what a real token
+// could be asked to reveal: the distinct points that it multiplied by the OPRF key.
+type SoftToken struct {
+	aead     map[string]cipher.AEAD
+	scalars  map[string]opaque.Scalar
+	mac      [32]byte
+	identity *ecdsa.PrivateKey
+
+	mu        sync.Mutex
+	evaluated map[[33]byte]int
+	fail      func(operation string) error
+}
+
+// NewSoftToken makes a token with fresh keys.
+func NewSoftToken() *SoftToken {
+	t := &SoftToken{
+		aead: map[string]cipher.AEAD{}, scalars: map[string]opaque.Scalar{},
+		evaluated: map[[33]byte]int{},
+	}
+	for _, purpose := range []string{"master", "state"} {
+		var key [32]byte
+		rand.Read(key[:])
+		block, err := aes.NewCipher(key[:])
+		must(err)
+		t.aead[purpose], err = cipher.NewGCMWithRandomNonce(block)
+		must(err)
+	}
+	for _, purpose := range []string{"oprf", "server"} {
+		scalar, err := opaque.RandomScalar(rand.Reader)
+		must(err)
+		t.scalars[purpose] = scalar
+	}
+	rand.Read(t.mac[:])
+	var err error
+	t.identity, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	must(err)
+	return t
+}
+
+func must(err error) {
+	if err != nil {
+		panic(err) // of this test helper's own making
+	}
+}
+
+// FailWith has hook asked before every operation ("seal", "open", "multiply",
+// "mac", "sign", "random"); an error that it returns is the operation's. Nil: never.
+func (t *SoftToken) FailWith(hook func(operation string) error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.fail = hook
+}
+
+// Evaluated is the number of distinct points multiplied by the OPRF key: the
+// distinct guesses (and enrolment starts) that were ever answered.
+func (t *SoftToken) Evaluated() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.evaluated)
+}
+
+func (t *SoftToken) begin(ctx context.Context, operation string) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	t.mu.Lock()
+	hook := t.fail
+	t.mu.Unlock()
+	if hook != nil {
+		return hook(operation)
+	}
+	return nil
+}
+
+func softAssociated(purpose string, id [16]byte, associated []byte) []byte {
+	return transcript.Fields("soft", []byte(purpose), id[:], associated)
+}
+
+// Seal implements vault.Token.
+func (t *SoftToken) Seal(ctx context.Context, purpose string, id [16]byte, plaintext, associated []byte) ([]byte, error) {
+	if err := t.begin(ctx, "seal"); err != nil {
+		return nil, err
+	}
+	return t.aead[purpose].Seal(nil, nil, plaintext, softAssociated(purpose, id, associated)), nil
+}
+
+// Open implements vault.Token.
+func (t *SoftToken) Open(ctx context.Context, purpose string, id [16]byte, sealed, associated []byte) ([]byte, bool, error) {
+	if err := t.begin(ctx, "open"); err != nil {
+		return nil, false, err
+	}
+	plain, err := t.aead[purpose].Open(nil, nil, sealed, softAssociated(purpose, id, associated))
+	return plain, err == nil, nil
+}
+
+// Multiply implements vault.Token.
+func (t *SoftToken) Multiply(ctx context.Context, purpose string, generation uint32, point [33]byte) ([33]byte, error) {
+	if err := t.begin(ctx, "multiply"); err != nil {
+		return [33]byte{}, err
+	}
+	scalar, ok := t.scalars[purpose]
+	if !ok || generation != 1 {
+		return [33]byte{}, fmt.Errorf("no key %s/%d", purpose, generation)
+	}
+	if purpose == "oprf" {
+		t.mu.Lock()
+		t.evaluated[point]++
+		t.mu.Unlock()
+	}
+	return scalar.Multiply(point)
+}
+
+// PublicKey implements vault.Token.
+func (t *SoftToken) PublicKey(purpose string, generation uint32) ([33]byte, error) {
+	if generation != 1 {
+		return [33]byte{}, fmt.Errorf("no key %s/%d", purpose, generation)
+	}
+	if purpose == "identity" {
+		return [33]byte(elliptic.MarshalCompressed(elliptic.P256(), t.identity.X, t.identity.Y)), nil
+	}
+	generator := elliptic.P256().Params()
+	return t.scalars[purpose].Multiply(opaque.Element(elliptic.MarshalCompressed(elliptic.P256(), generator.Gx, generator.Gy)))
+}
+
+// MAC implements vault.Token.
+func (t *SoftToken) MAC(ctx context.Context, generation uint32, message []byte) (out [32]byte, err error) {
+	if err := t.begin(ctx, "mac"); err != nil {
+		return out, err
+	}
+	if generation != 1 {
+		return out, fmt.Errorf("no key mac/%d", generation)
+	}
+	h := hmac.New(sha256.New, t.mac[:])
+	h.Write(message)
+	return [32]byte(h.Sum(nil)), nil
+}
+
+// Sign implements vault.Token.
+func (t *SoftToken) Sign(ctx context.Context, _ string, _ uint32, digest [32]byte) (out [64]byte, err error) {
+	if err := t.begin(ctx, "sign"); err != nil {
+		return out, err
+	}
+	r, s, err := ecdsa.Sign(rand.Reader, t.identity, digest[:])
+	if err != nil {
+		return out, err
+	}
+	r.FillBytes(out[:32])
+	s.FillBytes(out[32:])
+	return out, nil
+}
+
+// Newest implements vault.Token.
+func (t *SoftToken) Newest(string) uint32 { return 1 }
+
+// Random implements vault.Token.
+func (t *SoftToken) Random(ctx context.Context, n int) ([]byte, error) {
+	if err := t.begin(ctx, "random"); err != nil {
+		return nil, err
+	}
+	b := make([]byte, n)
+	rand.Read(b)
+	return b, nil
+}
