@@ -1,0 +1,87 @@
+// Package backup is the backup key K: how it is made, how it is shown and read
+// as 64 digits, and what is derived from it.
+//
+// K is 32 random bytes, made on the device. Whoever holds it can read the backup
+// and can prove to a vault that he is its owner, so the type hides itself from
+// every kind of printing; [Key.Digits] is the one way to show it. Keys lie in
+// ordinary memory and are not wiped: Go's runtime may have copied them.
+//
+// The package trusts its caller with K and nothing else with anything: what a
+// person typed is hostile input to [ParseDigits], which never panics and whose
+// errors never contain what was typed. All functions are pure but NewKey, and all
+// are safe for concurrent use.
+package backup
+
+import (
+	"crypto/ed25519"
+	"crypto/hkdf"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+)
+
+// KeySize is the size of a backup key in bytes.
+const KeySize = 32
+
+// Labels of the derivations, one for each purpose: no key made for one can be
+// another's. They can never change, or old backups lose what was derived.
+const (
+	labelOwnerKey = "bkv/v1/owner-key"
+)
+
+// Key is a backup key. It prints as "[redacted]" and refuses to be marshalled.
+type Key [KeySize]byte
+
+// NewKey draws a key from random, which is crypto/rand.Reader outside of tests.
+func NewKey(random io.Reader) (Key, error) {
+	var k Key
+	if _, err := io.ReadFull(random, k[:]); err != nil {
+		return Key{}, fmt.Errorf("drawing a backup key: %w", err)
+	}
+	return k, nil
+}
+
+// OwnerKey derives the key that proves to a vault who made a generation: Ed25519
+// (RFC 8032), its seed by HKDF-SHA-256 (RFC 5869) from K, without salt, the info
+// naming vault, tenant and user. So a proof for one account is worthless for another,
+// even where the same K is kept in both.
+func (k Key) OwnerKey(vaultID, tenant, user string) ed25519.PrivateKey {
+	return ed25519.NewKeyFromSeed(k.derive(ed25519.SeedSize, labelOwnerKey, vaultID, tenant, user))
+}
+
+// derive is HKDF-SHA-256 with an info of label and fields, each with its length
+// before it as four bytes, big endian, so that no two lists of fields are the same info.
+func (k Key) derive(size int, label string, fields ...string) []byte {
+	var info []byte
+	for _, f := range append([]string{label}, fields...) {
+		info = binary.BigEndian.AppendUint32(info, uint32(len(f)))
+		info = append(info, f...)
+	}
+	out, err := hkdf.Key(sha256.New, k[:], nil, string(info), size)
+	if err != nil {
+		// It fails for more than 255 hashes of output (RFC 5869 §2.3), which no
+		// caller asks for: size never comes from input.
+		panic(fmt.Sprintf("deriving %s: %v", label, err))
+	}
+	return out
+}
+
+const redacted = "[redacted]"
+
+// String, Format and LogValue hide the key from fmt, under every verb, and from slog.
+func (Key) String() string { return redacted }
+
+// Format hides the key.
+func (Key) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, redacted) }
+
+// LogValue hides the key.
+func (Key) LogValue() slog.Value { return slog.StringValue(redacted) }
+
+// MarshalText refuses. Writing "[redacted]" would lose a key where somebody meant
+// to save it, and writing the key would put it where nobody meant to have it.
+func (Key) MarshalText() ([]byte, error) {
+	return nil, errors.New("a backup key is not marshalled; call Digits to show it")
+}
