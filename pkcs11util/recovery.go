@@ -1,0 +1,276 @@
+package pkcs11util
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"github.com/miekg/pkcs11"
+)
+
+// Pauses between attempts to recover: they double, from the first to the last, and each is shortened at random by up to half.
+const (
+	firstPause = 100 * time.Millisecond
+	lastPause  = 5 * time.Second
+)
+
+// connection is what one login gave: handles that are valid until the session is
+// closed, the user logged out, or the module finalised. It is never changed, but for the sessions moving in and out of idle.
+type connection struct {
+	incarnation uint64 // of the module, to which all handles belong
+	slot        uint
+	anchor      session      // never used by calls: it keeps the login while sessions are dropped
+	idle        chan session // those that no call uses; its capacity is their number
+	gone        chan struct{}
+
+	keys   map[KeyName]*key
+	known  map[KeyName]knownAnswer
+	newest map[string]uint32
+}
+
+// connect logs in, opens the sessions, and finds and proves the keys.
+//
+// The token must hold a key for every purpose, and the same keys as before, if there
+// was a before: an older generation may be gone, the newest may not.
+func (k *Keyset) connect(ctx context.Context) (*connection, error) {
+	incarnation, release, err := k.module.Current(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+
+	k.module.Objects.Lock()
+	slot, info, err := k.module.FindToken(k.config.Label)
+	k.module.Objects.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	c := &connection{
+		incarnation: incarnation, slot: slot,
+		idle: make(chan session, k.config.Sessions), gone: make(chan struct{}),
+		known: map[KeyName]knownAnswer{}, newest: map[string]uint32{},
+	}
+	if c.anchor, err = openSession(k.module.Ctx, slot, 0); err != nil {
+		return nil, err
+	}
+	if err := k.fill(c); err != nil {
+		c.closeIdle()
+		c.anchor.close()
+		return nil, err
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.known, k.newest = c.known, c.newest
+	k.model = fmt.Sprintf("%s %s", info.ManufacturerID, info.Model)
+	return c, nil
+}
+
+func (k *Keyset) fill(c *connection) error {
+	err := c.anchor.login(pkcs11.CKU_USER, k.config.PIN)
+	if refusedPIN(err) {
+		return fmt.Errorf("token %q: %w: %w", k.config.Label, ErrPINRefused, err)
+	}
+	if err != nil {
+		return err
+	}
+	if c.keys, err = c.anchor.findKeys(k.module); err != nil {
+		return fmt.Errorf("token %q: %w", k.config.Label, err)
+	}
+
+	k.mu.Lock()
+	before, newest := k.known, k.newest
+	k.mu.Unlock()
+	for name, key := range c.keys {
+		c.newest[name.Purpose] = max(c.newest[name.Purpose], name.Generation)
+		known, err := c.anchor.prove(key)
+		if err != nil {
+			return fmt.Errorf("proving %s: %w", name, err)
+		}
+		if old, ok := before[name]; ok {
+			if err := c.anchor.confirm(key, old); err != nil {
+				return fmt.Errorf("proving that %s is the key that it was: %w", name, err)
+			}
+			known = old
+		}
+		c.known[name] = known
+	}
+	for _, purpose := range Purposes() {
+		if c.newest[purpose] == 0 {
+			return fmt.Errorf("token %q: %s: %w", k.config.Label, KeyName{purpose, 1}, ErrNoKey)
+		}
+		if c.newest[purpose] < newest[purpose] {
+			return fmt.Errorf("token %q: %s, which was there before: %w", k.config.Label, KeyName{purpose, newest[purpose]}, ErrNoKey)
+		}
+	}
+
+	for range cap(c.idle) {
+		s, err := openSession(k.module.Ctx, c.slot, 0)
+		if err != nil {
+			return err
+		}
+		c.idle <- s
+	}
+	return nil
+}
+
+// probe is a short check of a session, the login and the keys: known values opened, a known MAC made.
+func (c *connection) probe(s session) error {
+	if err := s.loggedIn(); err != nil {
+		return err
+	}
+	for _, purpose := range []string{Master, State, MAC} {
+		name := KeyName{purpose, c.newest[purpose]}
+		if err := s.confirm(c.keys[name], c.known[name]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// fault says whether err, from a call, is the token's: not the caller's.
+func fault(err error) bool {
+	var code pkcs11.Error
+	return errors.As(err, &code) || errors.Is(err, errFaulty)
+}
+
+// mend handles a fault that a call met in its session, and returns the fault. The
+// first level: another session takes the failed one's place, if it works. The caller is
+// inside the module.
+func (k *Keyset) mend(c *connection, s session, cause error) error {
+	s.close()
+	// Wrong answers are not the session's doing.
+	if !errors.Is(cause, errFaulty) {
+		if fresh, err := openSession(k.module.Ctx, c.slot, 0); err == nil {
+			if c.probe(fresh) == nil {
+				k.log.Warn("token session replaced", "error", cause)
+				c.put(fresh)
+				return cause
+			}
+			fresh.close()
+		}
+	}
+	return k.giveUp(c, cause)
+}
+
+// giveUp ends a connection, unless that has happened already, and starts the recovery. It returns an error that
+// is ErrUnavailable and wraps the cause.
+func (k *Keyset) giveUp(c *connection, cause error) error {
+	cause = fmt.Errorf("%w: %w", ErrUnavailable, cause)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.connection != c {
+		return cause // somebody else met a fault first, or the Keyset was closed
+	}
+	k.log.Error("token lost", "error", cause)
+	k.connection, k.down = nil, cause
+	close(c.gone)
+	ctx, cancel := context.WithCancel(context.Background())
+	k.stop = cancel
+	k.calls.Add(1)
+	go func() {
+		defer k.calls.Done()
+		defer cancel()
+		k.recover(ctx, c)
+	}()
+	return cause
+}
+
+// recover tries until there is a connection again, the PIN is refused, or the Keyset is
+// closed. There is one at a time, as it is started with the connection's end only.
+func (k *Keyset) recover(ctx context.Context, lost *connection) {
+	k.discard(lost)
+	for pause := firstPause; ; pause = min(2*pause, lastPause) {
+		c, err := k.reconnect(ctx)
+		k.mu.Lock()
+		switch {
+		case k.closed:
+			k.mu.Unlock()
+			if c != nil {
+				k.discard(c)
+			}
+			return
+		case err == nil:
+			k.connection, k.down = c, nil
+			k.mu.Unlock()
+			k.log.Info("token recovered")
+			return
+		case errors.Is(err, ErrPINRefused):
+			k.down = err
+			k.mu.Unlock()
+			k.log.Error("token recovery ended", "error", err)
+			return
+		}
+		k.down = fmt.Errorf("%w: %w", ErrUnavailable, err)
+		k.mu.Unlock()
+		k.log.Warn("token recovery failed", "error", err)
+
+		timer := time.NewTimer(pause/2 + rand.N(pause/2))
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+		}
+	}
+}
+
+// reconnect is the second level, a new login, and, if that does not help, the
+// third: the module finalised and initialised, then a new login.
+func (k *Keyset) reconnect(ctx context.Context) (*connection, error) {
+	incarnation, err := k.module.Incarnation(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c, err := k.connect(ctx)
+	if err == nil || errors.Is(err, ErrPINRefused) || ctx.Err() != nil {
+		return c, err
+	}
+	if err := k.module.Reinitialise(ctx, incarnation); err != nil {
+		return nil, err
+	}
+	return k.connect(ctx)
+}
+
+// discard closes the sessions of a connection that is not in use any more, if
+// their handles still mean anything. Calls that are still running put theirs back, which closes them.
+func (k *Keyset) discard(c *connection) {
+	release, err := k.module.Enter(context.Background(), c.incarnation)
+	if err != nil {
+		return
+	}
+	defer release()
+	c.closeIdle()
+	c.anchor.close()
+}
+
+// put makes a session available to the next call. The caller is inside the module.
+func (c *connection) put(s session) {
+	c.idle <- s
+	select {
+	case <-c.gone:
+		c.closeIdle()
+	default:
+	}
+}
+
+func (c *connection) closeIdle() {
+	for {
+		select {
+		case s := <-c.idle:
+			s.close()
+		default:
+			return
+		}
+	}
+}
+
+// whyDown is the error of calls while there is no connection.
+func (k *Keyset) whyDown() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.down == nil {
+		return ErrUnavailable // it was lost while the call waited, and is back already
+	}
+	return k.down
+}
