@@ -70,11 +70,11 @@ func ParsePublicKey(b []byte) (PublicKey, error) {
 	return PublicKey(b), nil
 }
 
-// decodePoint takes the 33-byte compressed form alone. nistec would also take
-// the uncompressed and the identity encoding; it refuses x ≥ p, so that every
-// point has one accepted encoding.
+// decodePoint takes the 33-byte compressed form alone: of that length, nistec
+// knows no other. It would take the identity and the uncompressed form in
+// theirs. It refuses x ≥ p, so that every point has one accepted encoding.
 func decodePoint(b []byte) (*nistec.P256Point, error) {
-	if len(b) != ElementSize || (b[0] != 2 && b[0] != 3) {
+	if len(b) != ElementSize {
 		return nil, errNotAPoint
 	}
 	p, err := nistec.NewP256Point().SetBytes(b)

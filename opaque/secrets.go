@@ -1,6 +1,7 @@
 package opaque
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -23,31 +24,41 @@ type ClientMAC [32]byte
 // redacted stands in for a secret wherever one is printed.
 const redacted = "[redacted]"
 
+var errMarshalled = errors.New("a secret is not to be marshalled")
+
 // Each secret type hides itself from fmt under every verb (Format wins over
-// String and GoString), from slog, and from a plain call of String.
+// String and GoString), from slog, and from a plain call of String. It refuses
+// to be marshalled as text, hence as JSON: a struct that holds it cannot leak
+// it through slog's JSON handler or an API, and code that does need its bytes
+// says so by slicing it.
 
-func (SessionKey) String() string             { return redacted }
-func (SessionKey) Format(f fmt.State, _ rune) { writeRedacted(f) }
-func (SessionKey) LogValue() slog.Value       { return slog.StringValue(redacted) }
+func (SessionKey) String() string               { return redacted }
+func (SessionKey) Format(f fmt.State, _ rune)   { writeRedacted(f) }
+func (SessionKey) LogValue() slog.Value         { return slog.StringValue(redacted) }
+func (SessionKey) MarshalText() ([]byte, error) { return nil, errMarshalled }
 
-func (ExportKey) String() string             { return redacted }
-func (ExportKey) Format(f fmt.State, _ rune) { writeRedacted(f) }
-func (ExportKey) LogValue() slog.Value       { return slog.StringValue(redacted) }
+func (ExportKey) String() string               { return redacted }
+func (ExportKey) Format(f fmt.State, _ rune)   { writeRedacted(f) }
+func (ExportKey) LogValue() slog.Value         { return slog.StringValue(redacted) }
+func (ExportKey) MarshalText() ([]byte, error) { return nil, errMarshalled }
 
-func (ClientMAC) String() string             { return redacted }
-func (ClientMAC) Format(f fmt.State, _ rune) { writeRedacted(f) }
-func (ClientMAC) LogValue() slog.Value       { return slog.StringValue(redacted) }
+func (ClientMAC) String() string               { return redacted }
+func (ClientMAC) Format(f fmt.State, _ rune)   { writeRedacted(f) }
+func (ClientMAC) LogValue() slog.Value         { return slog.StringValue(redacted) }
+func (ClientMAC) MarshalText() ([]byte, error) { return nil, errMarshalled }
 
-func (Scalar) String() string             { return redacted }
-func (Scalar) Format(f fmt.State, _ rune) { writeRedacted(f) }
-func (Scalar) LogValue() slog.Value       { return slog.StringValue(redacted) }
+func (Scalar) String() string               { return redacted }
+func (Scalar) Format(f fmt.State, _ rune)   { writeRedacted(f) }
+func (Scalar) LogValue() slog.Value         { return slog.StringValue(redacted) }
+func (Scalar) MarshalText() ([]byte, error) { return nil, errMarshalled }
 
 // A record is not for logs either: its masking key undoes the masking of
 // every KE2 made from it.
 
-func (RegistrationRecord) String() string             { return redacted }
-func (RegistrationRecord) Format(f fmt.State, _ rune) { writeRedacted(f) }
-func (RegistrationRecord) LogValue() slog.Value       { return slog.StringValue(redacted) }
+func (RegistrationRecord) String() string               { return redacted }
+func (RegistrationRecord) Format(f fmt.State, _ rune)   { writeRedacted(f) }
+func (RegistrationRecord) LogValue() slog.Value         { return slog.StringValue(redacted) }
+func (RegistrationRecord) MarshalText() ([]byte, error) { return nil, errMarshalled }
 
 // The client's states hold the password in unexported fields, which fmt would
 // print without asking their types. Value receivers cover pointers too.
