@@ -56,9 +56,9 @@
 //
 // The server's arithmetic on secrets is constant time: points by
 // filippo.io/nistec, scalars by filippo.io/bigmod. The client's blinding is
-// circl's oprf package, whose authors claim constant time for neither its
-// P-256 scalars nor its hash to the curve, and which must therefore never see
-// a secret of the server. Types that hold secrets print as "[redacted]"
+// circl's oprf package, whose documentation says that its P-256 operations are
+// not constant time in a server's private key, and which must therefore never
+// see a secret of the server. Types that hold secrets print as "[redacted]"
 // through fmt and slog. They are not wiped from memory: Go's runtime may have
 // copied them.
 //
