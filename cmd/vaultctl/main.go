@@ -1,0 +1,67 @@
+// Command vaultctl is the operator's tool: it makes the token's keys, migrates the
+// database, and keeps the list of tenants.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/backup-key-vault/bkv/cmd/internal/settings"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr); err != nil {
+		fmt.Fprintln(os.Stderr, "vaultctl:", err)
+		stop()
+		os.Exit(1)
+	}
+}
+
+const description = "vaultctl prepares and looks after a backup key vault: its token, its database, its tenants. " +
+	"Secrets are read from files, never from arguments. Each command can be run again without harm."
+
+// command is the whole command line.
+type command struct {
+	Token    tokenCommand    `cmd:"" help:"Make the token and its keys."`
+	Identity identityCommand `cmd:"" help:"Print the fingerprint that clients pin."`
+	Migrate  migrateCommand  `cmd:"" help:"Bring the database to this version's schema, as the role that owns it."`
+	Tenant   tenantCommand   `cmd:"" help:"Add and list tenants (apps) and the keys that verify their tokens."`
+	Dev      devCommand      `cmd:"" help:"For development: make a tenant's key pair and mint tokens with it."`
+}
+
+// environment is what a command may use.
+type environment struct {
+	ctx    context.Context
+	stdin  io.Reader
+	stdout io.Writer
+	log    *slog.Logger
+}
+
+func (e *environment) printf(format string, args ...any) error {
+	_, err := fmt.Fprintf(e.stdout, format, args...)
+	return err
+}
+
+// run is main without the process.
+func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) error {
+	var c command
+	if len(args) == 0 {
+		args = []string{"--help"}
+	}
+	chosen, err := settings.Parse(&c, "vaultctl", description, args, stdout, stderr)
+	if errors.Is(err, settings.ErrHelp) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return chosen.Run(&environment{ctx, stdin, stdout, slog.New(slog.NewTextHandler(stderr, nil))})
+}

@@ -1,0 +1,78 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/backup-key-vault/bkv/cmd/internal/settings"
+	"github.com/backup-key-vault/bkv/pkcs11util"
+	"github.com/backup-key-vault/bkv/pkcs11util/provision"
+	"github.com/backup-key-vault/bkv/transcript"
+)
+
+type tokenCommand struct {
+	Init tokenInitCommand `cmd:"" help:"Make the token, if it is not there, and its keys. Run it while vaultd does not run. It can be repeated: it keeps the keys that are there and makes those that are missing."`
+}
+
+type tokenInitCommand struct {
+	Token     settings.Token `embed:"" prefix:"token-"`
+	SOPINFile string         `name:"token-so-pin-file" env:"BKV_TOKEN_SO_PIN_FILE" placeholder:"FILE" help:"File that holds the security officer's PIN, with which the token is initialised."`
+}
+
+func (c *tokenInitCommand) Run(e *environment) error {
+	problems := c.Token.Problems()
+	if c.SOPINFile == "" {
+		problems = append(problems, errors.New("--token-so-pin-file: name the file that holds the security officer's PIN"))
+	}
+	if err := errors.Join(problems...); err != nil {
+		return err
+	}
+	pin, pinErr := pkcs11util.ReadPIN(c.Token.PINFile)
+	soPIN, soErr := pkcs11util.ReadPIN(c.SOPINFile)
+	if err := errors.Join(pinErr, soErr); err != nil {
+		return err
+	}
+	report, err := provision.Run(provision.Config{Module: c.Token.Module, Label: c.Token.Label, SOPIN: soPIN, PIN: pin})
+	for _, print := range []struct {
+		what string
+		keys []pkcs11util.KeyName
+	}{{"kept", report.Kept}, {"made", report.Made}} {
+		for _, k := range print.keys {
+			if err := e.printf("%s %v\n", print.what, k); err != nil {
+				return err
+			}
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("%w; what is listed as made is in place, and the command can be run again", err)
+	}
+	return e.printf("token %q is ready; all its keys are proved, sensitive and not extractable\n", c.Token.Label)
+}
+
+type identityCommand struct {
+	Token   settings.Token `embed:"" prefix:"token-"`
+	VaultID string         `name:"vault-id" required:"" env:"BKV_VAULT_ID" help:"The vault's id."`
+}
+
+func (c *identityCommand) Run(e *environment) error {
+	if err := errors.Join(c.Token.Problems()...); err != nil {
+		return err
+	}
+	pin, err := pkcs11util.ReadPIN(c.Token.PINFile)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(e.ctx, time.Minute)
+	defer cancel()
+	keys, err := pkcs11util.Open(ctx, pkcs11util.Config{Module: c.Token.Module, Label: c.Token.Label, PIN: pin, Logger: e.log})
+	if err != nil {
+		return err
+	}
+	key, err := keys.PublicKey(pkcs11util.Identity, 1)
+	if err := errors.Join(err, keys.Close()); err != nil {
+		return err
+	}
+	return e.printf("%s\n", transcript.FingerprintOf(c.VaultID, key[:]))
+}
