@@ -202,6 +202,9 @@ func (m *MemoryStore) next(change vault.Change) (*memoryRow, error) {
 	case !change.Create && (row == nil || row.account.MAC != change.Previous):
 		return nil, fmt.Errorf("%w: another MAC", vault.ErrStale)
 	}
+	if err := change.Account.Policy.Validate(); err != nil {
+		return nil, law("policy: %v", err)
+	}
 	next := &memoryRow{account: cloneAccount(change.Account)}
 	if row != nil {
 		next.all = slices.Clone(row.all)
