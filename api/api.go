@@ -31,7 +31,7 @@ func (b *Bytes) UnmarshalText(text []byte) error {
 			return fmt.Errorf("not base64url without padding")
 		}
 	}
-	out, err := base64.RawURLEncoding.Strict().AppendDecode(nil, text)
+	out, err := base64.RawURLEncoding.Strict().AppendDecode([]byte{}, text) // not nil, which is absent
 	if err != nil {
 		return fmt.Errorf("not base64url without padding")
 	}
@@ -74,7 +74,7 @@ type Vault struct {
 	ID          string    `json:"id" doc:"The vault's id: the audience of tokens and OPAQUE's server identity."`
 	Suite       string    `json:"suite" doc:"The OPAQUE suite (RFC 9807 section 7)."`
 	Context     Bytes     `json:"context" doc:"OPAQUE's context; usually empty."`
-	IdentityKey Bytes     `json:"identity_key" doc:"The identity key, a compressed P-256 point (33 bytes). Clients pin the fingerprint of id and identity key."`
+	IdentityKey Bytes     `json:"identity_key" minLength:"44" maxLength:"44" doc:"The identity key, a compressed P-256 point (33 bytes). Clients pin the fingerprint of id and identity key."`
 	Fingerprint string    `json:"fingerprint" doc:"The fingerprint that clients pin, ten groups of four."`
 	Keys        KeyList   `json:"keys" doc:"The vault's public keys, signed by the identity key."`
 	KSFFloor    KSF       `json:"ksf_floor" doc:"The least key stretching that the vault accepts in a record."`
@@ -95,14 +95,14 @@ type KeyList struct {
 	NotBefore time.Time `json:"not_before"`
 	Expires   time.Time `json:"expires"`
 	Keys      []Key     `json:"keys"`
-	Signature Bytes     `json:"signature" doc:"ECDSA P-256 with SHA-256 by the identity key: r and s, 32 bytes each."`
+	Signature Bytes     `json:"signature" minLength:"86" maxLength:"86" doc:"ECDSA P-256 with SHA-256 by the identity key: r and s, 32 bytes each."`
 }
 
 // Key is one public key of the vault.
 type Key struct {
 	Purpose    string `json:"purpose" enum:"server,relay"`
 	Generation uint32 `json:"generation"`
-	PublicKey  Bytes  `json:"public_key" doc:"A compressed P-256 point, 33 bytes."`
+	PublicKey  Bytes  `json:"public_key" minLength:"44" maxLength:"44" doc:"A compressed P-256 point, 33 bytes."`
 }
 
 // KSF is the key stretching function of a record: Argon2id (RFC 9106) with a
@@ -119,13 +119,13 @@ const Argon2id = "argon2id"
 
 // StartEnrolmentRequest begins an enrolment or a password change.
 type StartEnrolmentRequest struct {
-	RegistrationRequest Bytes `json:"registration_request" doc:"OPAQUE RegistrationRequest, 33 bytes."`
+	RegistrationRequest Bytes `json:"registration_request" minLength:"44" maxLength:"44" doc:"OPAQUE RegistrationRequest, 33 bytes."`
 }
 
 // StartEnrolmentResponse is kept by nobody but the client; sending the request
 // again gives another answer that serves as well.
 type StartEnrolmentResponse struct {
-	RegistrationResponse Bytes        `json:"registration_response" doc:"OPAQUE RegistrationResponse, 66 bytes."`
+	RegistrationResponse Bytes        `json:"registration_response" minLength:"88" maxLength:"88" doc:"OPAQUE RegistrationResponse, 66 bytes."`
 	State                Bytes        `json:"state" doc:"To be sent back with the record. Sealed by the vault."`
 	Generation           GenerationID `json:"generation" doc:"The id of the generation to come."`
 	Follows              GenerationID `json:"follows" doc:"The generation that it follows; zero if it is the first."`
@@ -135,30 +135,30 @@ type StartEnrolmentResponse struct {
 // StageRequest brings the record. The same request again gets the same answer.
 type StageRequest struct {
 	State      Bytes `json:"state" doc:"The state that enrolment start returned."`
-	Record     Bytes `json:"record" doc:"OPAQUE RegistrationRecord, 129 bytes."`
-	WrappedKey Bytes `json:"wrapped_key" doc:"The backup key, wrapped by the client: 60 bytes."`
+	Record     Bytes `json:"record" minLength:"172" maxLength:"172" doc:"OPAQUE RegistrationRecord, 129 bytes."`
+	WrappedKey Bytes `json:"wrapped_key" minLength:"80" maxLength:"80" doc:"The backup key, wrapped by the client: 60 bytes."`
 	KSF        KSF   `json:"ksf"`
-	OwnerKey   Bytes `json:"owner_key" doc:"Ed25519 public key, 32 bytes."`
+	OwnerKey   Bytes `json:"owner_key" minLength:"43" maxLength:"43" doc:"Ed25519 public key, 32 bytes."`
 }
 
 // StageResponse confirms a staged generation. Nobody can attempt it yet.
 type StageResponse struct {
 	Generation GenerationID `json:"generation"`
 	Follows    GenerationID `json:"follows"`
-	Digest     Bytes        `json:"digest" doc:"SHA-256 over record, wrapped key, KSF, owner key and server key, as statements name it."`
+	Digest     Bytes        `json:"digest" minLength:"43" maxLength:"43" doc:"SHA-256 over record, wrapped key, KSF, owner key and server key, as statements name it."`
 	ExpiresAt  time.Time    `json:"expires_at" doc:"Until when the generation can be activated."`
 }
 
 // ActivateRequest makes a staged generation the active one.
 type ActivateRequest struct {
 	Generation        GenerationID `json:"generation"`
-	Signature         Bytes        `json:"signature" doc:"By the owner key of this generation: Ed25519, 64 bytes."`
-	PreviousSignature Bytes        `json:"previous_signature,omitempty" doc:"By the owner key of the active generation, which is then destroyed at once. Without it that generation stays recoverable, frozen, for the grace time."`
+	Signature         Bytes        `json:"signature" minLength:"86" maxLength:"86" doc:"By the owner key of this generation: Ed25519, 64 bytes."`
+	PreviousSignature Bytes        `json:"previous_signature,omitempty" minLength:"86" maxLength:"86" doc:"By the owner key of the active generation, which is then destroyed at once. Without it that generation stays recoverable, frozen, for the grace time."`
 }
 
 // StartRecoveryRequest makes an attempt. It is counted before it is answered.
 type StartRecoveryRequest struct {
-	KE1        Bytes         `json:"ke1" doc:"OPAQUE KE1, 98 bytes."`
+	KE1        Bytes         `json:"ke1" minLength:"131" maxLength:"131" doc:"OPAQUE KE1, 98 bytes."`
 	Generation *GenerationID `json:"generation,omitempty" doc:"Which generation; the active one if absent."`
 	Attempt    *uint32       `json:"attempt,omitempty" doc:"The attempt number that the client expects. Another number is a conflict and is not charged."`
 }
@@ -166,7 +166,7 @@ type StartRecoveryRequest struct {
 // StartRecoveryResponse carries the evaluation. The same KE1, sent again while
 // its attempt is open, is answered again and not charged.
 type StartRecoveryResponse struct {
-	KE2          Bytes        `json:"ke2" doc:"OPAQUE KE2, 259 bytes."`
+	KE2          Bytes        `json:"ke2" minLength:"346" maxLength:"346" doc:"OPAQUE KE2, 259 bytes."`
 	State        Bytes        `json:"state" doc:"To be sent back with KE3. Sealed by the vault."`
 	Generation   GenerationID `json:"generation"`
 	Attempt      uint32       `json:"attempt" doc:"This attempt's number."`
@@ -177,14 +177,14 @@ type StartRecoveryResponse struct {
 
 // FinishRecoveryRequest proves the password. Sending it again is harmless.
 type FinishRecoveryRequest struct {
-	KE3   Bytes `json:"ke3" doc:"OPAQUE KE3, 32 bytes. A client that could not open KE2 sends 32 random bytes."`
+	KE3   Bytes `json:"ke3" minLength:"43" maxLength:"43" doc:"OPAQUE KE3, 32 bytes. A client that could not open KE2 sends 32 random bytes."`
 	State Bytes `json:"state" doc:"The state that recovery start returned."`
 }
 
 // FinishRecoveryResponse returns the wrapped key, sealed under the session key.
 type FinishRecoveryResponse struct {
 	Generation    GenerationID `json:"generation"`
-	SealedKey     Bytes        `json:"sealed_key" doc:"The wrapped key under the session key: 88 bytes."`
+	SealedKey     Bytes        `json:"sealed_key" minLength:"118" maxLength:"118" doc:"The wrapped key under the session key: 88 bytes."`
 	FailuresSince uint32       `json:"failures_since_success" doc:"Attempts on this generation since its last success, this one not counted. A client shows those that are not its own."`
 	FailuresTotal uint32       `json:"failures_total" doc:"Attempts on this generation that never succeeded, in all."`
 }
@@ -193,7 +193,7 @@ type FinishRecoveryResponse struct {
 type ReinstateRequest struct {
 	Generation GenerationID `json:"generation" doc:"The frozen generation."`
 	Replaces   GenerationID `json:"replaces" doc:"The active generation, which is destroyed; zero if there is none."`
-	Signature  Bytes        `json:"signature" doc:"By the owner key of the frozen generation: Ed25519, 64 bytes."`
+	Signature  Bytes        `json:"signature" minLength:"86" maxLength:"86" doc:"By the owner key of the frozen generation: Ed25519, 64 bytes."`
 }
 
 // Status is what the vault knows of an account.
@@ -210,7 +210,7 @@ type Generation struct {
 	ID            GenerationID `json:"id"`
 	State         string       `json:"state" enum:"staged,active,frozen,destroyed"`
 	Reason        string       `json:"reason,omitempty" doc:"Why it was destroyed."`
-	Digest        Bytes        `json:"digest" doc:"As statements name it."`
+	Digest        Bytes        `json:"digest" minLength:"43" maxLength:"43" doc:"As statements name it."`
 	KSF           KSF          `json:"ksf"`
 	NextAttempt   uint32       `json:"next_attempt" doc:"The number of the next attempt."`
 	FailuresSince uint32       `json:"failures_since_success"`
