@@ -1,0 +1,98 @@
+package httpapi
+
+import (
+	"container/list"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"github.com/backup-key-vault/bkv/api"
+)
+
+// RateLimit is a token bucket.
+type RateLimit struct {
+	// PerSecond is how many are allowed in the long run.
+	PerSecond float64
+	// Burst is how many are allowed at once.
+	Burst int
+}
+
+// Limits of enrolment starts, the one route that evaluates and does not count.
+type Limits struct {
+	// EnrolmentsPerUser: default ten an hour, ten at once.
+	EnrolmentsPerUser RateLimit
+	// EnrolmentsPerTenant: default 50 a second, 100 at once.
+	EnrolmentsPerTenant RateLimit
+}
+
+func (l Limits) withDefaults() Limits {
+	if l.EnrolmentsPerUser == (RateLimit{}) {
+		l.EnrolmentsPerUser = RateLimit{PerSecond: 10.0 / 3600, Burst: 10}
+	}
+	if l.EnrolmentsPerTenant == (RateLimit{}) {
+		l.EnrolmentsPerTenant = RateLimit{PerSecond: 50, Burst: 100}
+	}
+	return l
+}
+
+// maxBuckets bounds each limiter's memory, to about 20 MB. Beyond it the bucket that was
+// used longest ago is forgotten, that is, full again.
+const maxBuckets = 1 << 16
+
+// limiter keeps a bucket for each key, in this process: N instances allow N times as many.
+type limiter[K comparable] struct {
+	limit RateLimit
+	now   func() time.Time
+
+	// mu guarantees that buckets and order hold the same entries, the latest used first.
+	mu      sync.Mutex
+	buckets map[K]*list.Element // of bucket[K]
+	order   *list.List
+}
+
+type bucket[K comparable] struct {
+	key     K
+	tokens  *rate.Limiter
+	touched time.Time
+}
+
+func newLimiter[K comparable](limit RateLimit, now func() time.Time) *limiter[K] {
+	return &limiter[K]{limit: limit, now: now, buckets: map[K]*list.Element{}, order: list.New()}
+}
+
+// take takes one token, or answers rate-limited with the time until there is one.
+func (l *limiter[K]) take(key K) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := l.now()
+	e := l.buckets[key]
+	if e == nil {
+		l.forget(now)
+		e = l.order.PushFront(&bucket[K]{key: key, tokens: rate.NewLimiter(rate.Limit(l.limit.PerSecond), l.limit.Burst)})
+		l.buckets[key] = e
+	}
+	l.order.MoveToFront(e)
+	b := e.Value.(*bucket[K])
+	b.touched = now
+	taken := b.tokens.ReserveN(now, 1)
+	wait := taken.DelayFrom(now)
+	if wait == 0 {
+		return nil
+	}
+	taken.CancelAt(now)
+	return refuse(api.RateLimited, "too many enrolments were started; wait for the time in retry_after").after(wait)
+}
+
+// forget drops the buckets that are full again by now, and one more if there is no room.
+func (l *limiter[K]) forget(now time.Time) {
+	full := time.Duration(float64(l.limit.Burst) / l.limit.PerSecond * float64(time.Second))
+	for e := l.order.Back(); e != nil; e = l.order.Back() {
+		b := e.Value.(*bucket[K])
+		if len(l.buckets) < maxBuckets && now.Sub(b.touched) < full {
+			return
+		}
+		l.order.Remove(e)
+		delete(l.buckets, b.key)
+	}
+}
