@@ -1,0 +1,115 @@
+package client
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"github.com/backup-key-vault/bkv/api"
+)
+
+// Every request is made once and then sent as often as it takes: the same bytes,
+// which the vault takes for the same request. Only faults are tried again, where the
+// request or its answer may have been lost. A refusal is an answer; in particular 429 is
+// never tried again by itself, because its waits are a person's to know of.
+const (
+	maxTries = 4
+	// firstBackoff is doubled after each try, and half of each is chance, so that
+	// devices which failed together do not come back together.
+	firstBackoff = 250 * time.Millisecond
+	// maxRetryAfter is the longest wait that the vault can ask for within an operation.
+	maxRetryAfter = 10 * time.Second
+)
+
+// call sends a request with the user's token and decodes the answer into out.
+func (c *Client) call(ctx context.Context, method, path string, body []byte, out any) error {
+	token, err := c.token.get(ctx, "")
+	if err != nil {
+		return err
+	}
+	r := &Request{Method: method, Path: path, Body: body, Header: map[string]string{}}
+	if body != nil {
+		r.Header["content-type"] = "application/json"
+	}
+	return c.send(ctx, r, token, out)
+}
+
+// send is call for a request with this token, or with none if it is empty.
+//
+// Errors: the context's; ErrUnavailable after the last try; what refusal makes of an
+// answer; ErrBadResponse.
+func (c *Client) send(ctx context.Context, r *Request, token string, out any) error {
+	r.Header["accept"] = "application/json"
+	for try, renewed := 1, false; ; try++ {
+		if token != "" {
+			r.Header["authorization"] = "Bearer " + token
+		}
+		response, err := c.transport.RoundTrip(ctx, r)
+		wait := backoff(try)
+		switch {
+		case err == nil && response == nil:
+			return errors.New("the transport returned neither an answer nor an error")
+		case err != nil && ctx.Err() != nil:
+			return ctx.Err()
+		case err != nil:
+			err = fmt.Errorf("%w: %w", ErrUnavailable, err)
+		case len(response.Body) > MaxResponseBytes:
+			return fmt.Errorf("%w: over %d bytes", ErrBadResponse, MaxResponseBytes)
+		case response.Status >= 200 && response.Status < 300:
+			// Members that this version does not know are a newer vault's, and passed over.
+			if err := json.Unmarshal(response.Body, out); err != nil {
+				return fmt.Errorf("%w: not the JSON that was expected", ErrBadResponse)
+			}
+			return nil
+		case response.Status == 401 && token != "" && !renewed:
+			if token, err = c.token.get(ctx, token); err != nil {
+				return err
+			}
+			renewed = true
+			try-- // a token that ran out is no fault
+			continue
+		default:
+			err = refusal(response)
+			var p *Problem
+			if !errors.As(err, &p) || !p.fault() {
+				return err
+			}
+			err = fmt.Errorf("%w: %w", ErrUnavailable, err)
+			if p.wait() > maxRetryAfter {
+				return err
+			}
+			wait += p.wait()
+		}
+		if try == maxTries {
+			return err
+		}
+		if err := sleep(ctx, wait); err != nil {
+			return err
+		}
+	}
+}
+
+// fault reports whether the request was not carried out, or perhaps not, and may be
+// when it is sent again. An account fault stays until somebody looks at it.
+func (p *Problem) fault() bool {
+	return p.Status == 502 || p.Status == 503 && p.Type != api.AccountFault || p.Status == 504
+}
+
+func backoff(try int) time.Duration {
+	d := firstBackoff << (try - 1)
+	return d/2 + rand.N(d/2)
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
