@@ -176,6 +176,13 @@ func newServiceOver(t testing.TB, soft *vaulttest.SoftToken, token vault.Token, 
 	return s
 }
 
+// in is the same service, for a subtest or a fuzz target.
+func (s *service) in(t testing.TB) *service {
+	out := *s
+	out.t = t
+	return &out
+}
+
 func pkix(t testing.TB, public crypto.PublicKey) []byte {
 	t.Helper()
 	der, err := x509.MarshalPKIXPublicKey(public)
