@@ -1,0 +1,75 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"time"
+
+	"github.com/backup-key-vault/bkv/cmd/internal/settings"
+)
+
+const description = "vaultd is the backup key vault: it keeps the keys of end-to-end encrypted backups, each under a password that it never learns. " +
+	"Every setting is a flag or an environment variable; secrets are read from files that settings name. " +
+	"It stops cleanly on SIGTERM and SIGINT: running requests are finished first."
+
+// config is vaultd's manual: flags, environment, help and the README's table come from it.
+type config struct {
+	VaultID  string            `name:"vault-id" env:"BKV_VAULT_ID" placeholder:"ID" help:"The vault's id, 1 to 255 bytes: the audience of tokens and OPAQUE's server identity. It can never change: every record depends on it."`
+	Context  string            `name:"opaque-context" env:"BKV_OPAQUE_CONTEXT" placeholder:"TEXT" help:"OPAQUE's context (RFC 9807). Leave it empty unless all clients send one; it can never change."`
+	Listen   string            `default:"127.0.0.1:8420" env:"BKV_LISTEN" placeholder:"HOST:PORT" help:"Where tenants' back ends reach the API. Plain HTTP: put it behind a proxy that ends TLS, or keep it on loopback."`
+	Admin    string            `name:"admin-listen" default:"127.0.0.1:8421" env:"BKV_ADMIN_LISTEN" placeholder:"HOST:PORT" help:"Where operators reach /healthz and /readyz. Never public."`
+	Token    settings.Token    `embed:"" prefix:"token-"`
+	Database settings.Database `embed:"" prefix:"database-"`
+	Conns    int               `name:"database-connections" default:"16" env:"BKV_DATABASE_CONNECTIONS" placeholder:"N" help:"Most connections to the database."`
+	Sweep    time.Duration     `name:"sweep-every" default:"10s" env:"BKV_SWEEP_EVERY" placeholder:"DURATION" help:"How often keys that are used up, or past their grace, are looked for and destroyed."`
+	Stop     time.Duration     `name:"stop-within" default:"20s" env:"BKV_STOP_WITHIN" placeholder:"DURATION" help:"How long a stop waits for running requests."`
+	LogLevel string            `default:"info" env:"BKV_LOG_LEVEL" placeholder:"LEVEL" help:"debug, info, warn or error. Logs are JSON lines on standard error; they never hold bodies, tokens, PINs or user ids."`
+
+	EnrolmentsPerUser   int `default:"10" env:"BKV_ENROLMENTS_PER_USER" placeholder:"N" help:"Enrolment starts that a user may make in an hour, at this instance."`
+	EnrolmentsPerTenant int `default:"50" env:"BKV_ENROLMENTS_PER_TENANT" placeholder:"N" help:"Enrolment starts that a tenant may make in a second, at this instance; twice as many in a burst."`
+}
+
+// check reports everything that is wrong at once.
+func (c *config) check() error {
+	var problems []error
+	report := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
+	if c.VaultID == "" || len(c.VaultID) > 255 {
+		report("--vault-id: want 1 to 255 bytes, got %d", len(c.VaultID))
+	}
+	if len(c.Context) > 65535 {
+		report("--opaque-context: want at most 65535 bytes, got %d", len(c.Context))
+	}
+	for flag, address := range map[string]string{"--listen": c.Listen, "--admin-listen": c.Admin} {
+		if _, _, err := net.SplitHostPort(address); err != nil {
+			report("%s: want host:port, got %q", flag, address)
+		}
+	}
+	problems = append(problems, c.Token.Problems()...)
+	problems = append(problems, c.Database.Problems()...)
+	if c.Conns < 1 || c.Conns > 1000 {
+		report("--database-connections: want 1 to 1000, got %d", c.Conns)
+	}
+	if c.Sweep < 100*time.Millisecond || c.Sweep > time.Hour {
+		report("--sweep-every: want 100ms to 1h, got %v", c.Sweep)
+	}
+	if c.Stop < time.Second || c.Stop > 10*time.Minute {
+		report("--stop-within: want 1s to 10m, got %v", c.Stop)
+	}
+	if _, err := c.level(); err != nil {
+		report("--log-level: want debug, info, warn or error, got %q", c.LogLevel)
+	}
+	if c.EnrolmentsPerUser < 1 || c.EnrolmentsPerUser > 1_000_000 {
+		report("--enrolments-per-user: want 1 to 1000000, got %d", c.EnrolmentsPerUser)
+	}
+	if c.EnrolmentsPerTenant < 1 || c.EnrolmentsPerTenant > 1_000_000 {
+		report("--enrolments-per-tenant: want 1 to 1000000, got %d", c.EnrolmentsPerTenant)
+	}
+	return errors.Join(problems...)
+}
+
+func (c *config) level() (level slog.Level, err error) {
+	err = level.UnmarshalText([]byte(c.LogLevel))
+	return level, err
+}

@@ -1,0 +1,202 @@
+// Command vaultd is the backup key vault.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/backup-key-vault/bkv/cmd/internal/settings"
+	"github.com/backup-key-vault/bkv/migrations"
+	"github.com/backup-key-vault/bkv/pkcs11util"
+	"github.com/backup-key-vault/bkv/store"
+	"github.com/backup-key-vault/bkv/vault"
+	"github.com/backup-key-vault/bkv/vault/httpapi"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil {
+		fmt.Fprintln(os.Stderr, "vaultd:", err)
+		stop()
+		os.Exit(1)
+	}
+}
+
+// run serves until ctx is over, and then stops cleanly: not ready, finish what runs,
+// close the database, log out of the token.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	var c config
+	_, err := settings.Parse(&c, "vaultd", description, args, stdout, stderr)
+	if errors.Is(err, settings.ErrHelp) {
+		return nil
+	}
+	if err := errors.Join(err, c.check()); err != nil {
+		return fmt.Errorf("settings (see --help):\n%w", err)
+	}
+	level, err := c.level()
+	if err != nil {
+		return err
+	}
+	log := slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: level}))
+
+	url, err := c.Database.URL()
+	if err != nil {
+		return err
+	}
+	if err := migrations.Check(ctx, url); err != nil {
+		return err
+	}
+	db, err := store.Open(ctx, store.Config{URL: url, MaxConns: c.Conns})
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+
+	pin, err := pkcs11util.ReadPIN(c.Token.PINFile)
+	if err != nil {
+		return err
+	}
+	keys, err := pkcs11util.Open(ctx, pkcs11util.Config{
+		Module: c.Token.Module, Label: c.Token.Label, PIN: pin, Sessions: c.Token.Sessions, Logger: log,
+	})
+	if err != nil {
+		return fmt.Errorf("opening the token: %w", err)
+	}
+	defer func() {
+		if err := keys.Close(); err != nil {
+			log.Error("closing the token", "error", err)
+		}
+	}()
+
+	v, err := vault.New(vault.Config{ID: c.VaultID, Context: []byte(c.Context), Store: db, Token: keys, Log: log})
+	if err != nil {
+		return err
+	}
+	identity, err := v.Identity(ctx, time.Now())
+	if err != nil {
+		return err
+	}
+	warn(log, keys)
+	return serve(ctx, &c, log, v, keys, db, identity)
+}
+
+// warn says at every start what this deployment does not protect against.
+func warn(log *slog.Logger, keys *pkcs11util.Keyset) {
+	if keys.Model() == "SoftHSM v2" {
+		log.Warn("the token is SoftHSM, a folder of files: whoever copies it, the PIN file and the database can guess passwords offline; use a hardware HSM in production")
+	}
+	log.Warn("no witness keeps a second record of the attempts: whoever can replay old rows of the database has unlimited guesses")
+}
+
+func serve(ctx context.Context, c *config, log *slog.Logger, v *vault.Vault, keys *pkcs11util.Keyset, db *store.Store, identity *vault.Identity) error {
+	api, err := httpapi.New(httpapi.Config{
+		Vault: v, VaultID: c.VaultID, Tenants: db, Log: log,
+		Limits: httpapi.Limits{
+			EnrolmentsPerUser:   httpapi.RateLimit{PerSecond: float64(c.EnrolmentsPerUser) / 3600, Burst: c.EnrolmentsPerUser},
+			EnrolmentsPerTenant: httpapi.RateLimit{PerSecond: float64(c.EnrolmentsPerTenant), Burst: 2 * c.EnrolmentsPerTenant},
+		},
+	})
+	if err != nil {
+		return err
+	}
+	stopping, notReady := context.WithCancel(context.Background())
+	defer notReady()
+	admin, err := httpapi.NewAdmin(log,
+		httpapi.Check{Name: "serving", Run: func(context.Context) error { return stopping.Err() }},
+		httpapi.Check{Name: "token", Run: keys.Check},
+		httpapi.Check{Name: "store", Run: db.Ping},
+	)
+	if err != nil {
+		return err
+	}
+
+	var public, private net.Listener
+	if public, err = net.Listen("tcp", c.Listen); err != nil {
+		return fmt.Errorf("--listen: %w", err)
+	}
+	defer public.Close()
+	if private, err = net.Listen("tcp", c.Admin); err != nil {
+		return fmt.Errorf("--admin-listen: %w", err)
+	}
+	defer private.Close()
+
+	servers := []*http.Server{newServer(api, log), newServer(admin, log)}
+	failed := make(chan error, len(servers))
+	for i, listener := range []net.Listener{public, private} {
+		go func() { failed <- servers[i].Serve(listener) }()
+	}
+	sweepCtx, stopSweeping := context.WithCancel(ctx)
+	var sweeper sync.WaitGroup
+	sweeper.Go(func() { sweep(sweepCtx, v, c.Sweep, log) })
+	log.Info("serving", "vault_id", c.VaultID, "fingerprint", identity.Fingerprint.String(),
+		"listen", public.Addr().String(), "admin_listen", private.Addr().String())
+
+	select {
+	case <-ctx.Done():
+		err = nil
+	case err = <-failed:
+	}
+	log.Info("stopping")
+	notReady()
+	deadline, cancel := context.WithTimeout(context.Background(), c.Stop)
+	defer cancel()
+	for _, s := range servers {
+		if stopErr := s.Shutdown(deadline); stopErr != nil {
+			err = errors.Join(err, fmt.Errorf("requests were still running after %v: %w", c.Stop, stopErr), s.Close())
+		}
+	}
+	stopSweeping()
+	sweeper.Wait()
+	if err == nil {
+		log.Info("stopped")
+	}
+	return err
+}
+
+// Time-outs and limits of a connection. A request takes milliseconds; these bound what a
+// slow or silent peer can hold.
+const (
+	readHeaderTimeout = 5 * time.Second
+	readTimeout       = 10 * time.Second
+	writeTimeout      = 30 * time.Second
+	idleTimeout       = 2 * time.Minute
+	maxHeaderBytes    = 32 << 10
+)
+
+func newServer(h http.Handler, log *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler: h, ReadHeaderTimeout: readHeaderTimeout, ReadTimeout: readTimeout, WriteTimeout: writeTimeout,
+		IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeaderBytes, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+}
+
+// sweep destroys what is due, every interval, until ctx is over.
+func sweep(ctx context.Context, v *vault.Vault, every time.Duration, log *slog.Logger) {
+	ticker := time.NewTicker(every)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		swept, err := v.Sweep(ctx)
+		if swept > 0 {
+			log.Info("swept", "accounts", swept)
+		}
+		if err != nil && ctx.Err() == nil {
+			log.Error("sweeping", "error", err)
+		}
+	}
+}
