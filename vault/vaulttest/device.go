@@ -26,10 +26,11 @@ type Device struct {
 	Caller  vault.Caller
 }
 
-// noStretch is the identity KSF.
-type noStretch struct{}
+// NoStretch is the identity KSF: it stretches nothing.
+type NoStretch struct{}
 
-func (noStretch) Stretch(in []byte) ([]byte, error) { return in, nil }
+// Stretch returns its input.
+func (NoStretch) Stretch(in []byte) ([]byte, error) { return in, nil }
 
 // KSF is what a Device's records say.
 var KSF = vault.KSF{
@@ -40,7 +41,7 @@ func (d *Device) config() opaque.ClientConfig {
 	return opaque.ClientConfig{
 		Context: d.Context, ServerIdentity: []byte(d.VaultID),
 		ClientIdentity: transcript.ClientIdentity(d.Caller.Account.Tenant, d.Caller.Account.User),
-		KSF:            noStretch{},
+		KSF:            NoStretch{},
 	}
 }
 
