@@ -51,14 +51,21 @@ func story(t *testing.T, s *service, context []byte) {
 		}
 		wantKey("the other implementation", got, want)
 	}
-	foreignFails := func(password string, k api.KSF, kind string, left *int) {
+	foreignRefused := func(password string, k api.KSF, kind string) *api.Problem {
 		t.Helper()
 		_, problem := foreign.recover(password, k)
 		if problem == nil || problem.Type != kind {
 			t.Fatalf("want the problem %s, got %+v", kind, problem)
 		}
-		if (problem.AttemptsLeft == nil) != (left == nil) || left != nil && *problem.AttemptsLeft != *left {
-			t.Fatalf("want %v attempts left: %+v", left, problem)
+		return problem
+	}
+	foreignFails := func(password string, k api.KSF, left int) {
+		t.Helper()
+		switch got := foreignRefused(password, k, api.WrongPassword).AttemptsLeft; {
+		case got == nil:
+			t.Fatal("a wrong password without the attempts left")
+		case *got != left:
+			t.Fatalf("%d attempts left, want %d", *got, left)
 		}
 	}
 	weRecover := func(password string, want backup.Key) {
@@ -76,7 +83,7 @@ func story(t *testing.T, s *service, context []byte) {
 		}
 	}
 
-	foreignFails("first", foreignKSF, api.NotEnrolled, nil)
+	foreignRefused("first", foreignKSF, api.NotEnrolled)
 
 	// A record of the other implementation's, opened by both.
 	key, err := backup.NewKey(rand.Reader)
@@ -84,7 +91,7 @@ func story(t *testing.T, s *service, context []byte) {
 	generation := foreign.enrol("first", key, foreignKSF)
 	foreignRecovers("first", foreignKSF, key)
 	weRecover("first", key)
-	foreignFails("First", foreignKSF, api.WrongPassword, new(maxAttempts-1))
+	foreignFails("First", foreignKSF, maxAttempts-1)
 	weFail("firs", maxAttempts-2)
 	foreignRecovers("first", foreignKSF, key)
 
@@ -99,14 +106,14 @@ func story(t *testing.T, s *service, context []byte) {
 	// A record of our client's, opened by both.
 	foreignRecovers("zwölf, 二つ目", ourKSF, key)
 	weRecover("zwölf, 二つ目", key)
-	foreignFails("first", ourKSF, api.WrongPassword, new(maxAttempts-1))
+	foreignFails("first", ourKSF, maxAttempts-1)
 	foreignRecovers("zwölf, 二つ目", ourKSF, key)
 
 	// The attempts are shared, and with the last one the key is gone, for both.
-	foreignFails("wrong", ourKSF, api.WrongPassword, new(maxAttempts-1))
+	foreignFails("wrong", ourKSF, maxAttempts-1)
 	weFail("wrong", maxAttempts-2)
-	foreignFails("wrong", ourKSF, api.KeyDestroyed, nil)
-	foreignFails("zwölf, 二つ目", ourKSF, api.KeyDestroyed, nil)
+	foreignRefused("wrong", ourKSF, api.KeyDestroyed)
+	foreignRefused("zwölf, 二つ目", ourKSF, api.KeyDestroyed)
 	if _, err := ours.Recover(ctx, "zwölf, 二つ目"); !errors.Is(err, client.ErrKeyDestroyed) {
 		t.Fatalf("recovering what is destroyed: %v", err)
 	}
