@@ -94,6 +94,11 @@ func New(c Config) (*Client, error) {
 	}, nil
 }
 
+// Format prints for whom the client is: fmt would else go down to the token.
+func (c *Client) Format(f fmt.State, _ rune) {
+	_, _ = fmt.Fprintf(f, "vault client for a user of %q", c.tenant)
+}
+
 // escapeSegment writes a user id as one path segment. Dots alone would be taken for a
 // step up the path.
 func escapeSegment(s string) string {

@@ -45,8 +45,9 @@
 // # Concurrency
 //
 // A [Client] is for one user of one vault and is safe for concurrent use, as are
-// the pending operations. Two devices, or two calls, that begin a recovery at the same time
-// compete for one attempt number: one of them gets [ErrConflict] and is not charged.
+// the pending operations. Two devices, or two calls, that recover at the same time can get
+// into each other's way: one of them then gets [ErrConflict]. It was not charged, or
+// the other's success forgave it.
 //
 // The package does not import net/http; package httpclient makes a [Transport] of it.
 package client

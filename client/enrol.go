@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"sync"
 
 	"github.com/backup-key-vault/bkv/api"
@@ -211,12 +212,14 @@ func checkState(state api.Bytes) error {
 // If the app ends before that, the vault either never got as far as activating the new
 // generation, which then vanishes after a day, or keeps it: the password recovers its key.
 type PendingEnrolment struct {
-	cause error
-	// A pointer within a pointer: fmt shows its address and not the key behind it.
+	cause     error
 	enrolment *pendingEnrolment
 }
 
 func (e *PendingEnrolment) Error() string { return "the enrolment is not finished: " + e.cause.Error() }
+
+// Format prints the error alone: fmt would else go down to the key.
+func (e PendingEnrolment) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, e.Error()) }
 
 // Unwrap returns what stopped it.
 func (e *PendingEnrolment) Unwrap() error { return e.cause }

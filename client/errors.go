@@ -27,7 +27,7 @@ var (
 	ErrFrozen = errors.New("the backup key was turned off and is frozen: recover that generation by its id, or reinstate it, before its time is over")
 	// ErrKeyDestroyed: the key is gone for good.
 	ErrKeyDestroyed = errors.New("the backup key was destroyed and cannot be recovered: enrol a new one")
-	// ErrConflict: the account is not as this operation expected it. Nothing was charged.
+	// ErrConflict: the account is not as this operation expected it; nothing was changed.
 	ErrConflict = errors.New("the account changed meanwhile: look at its status and try again")
 	// ErrForbidden: the proof is not by the owner of the generation, or the token is
 	// for another user.

@@ -28,9 +28,10 @@ type Recovered struct {
 // Recover gets the backup key by its password. It makes one attempt at the active
 // generation, which the vault counts before it answers; success forgives it and all before it.
 //
-// Errors without an attempt: ErrInvalidPassword, ErrNotEnrolled, ErrFrozen,
-// ErrConflict (somebody else made an attempt at the same time), *TooEarlyError,
-// opaque.ErrArgon2idBounds, and those of Status. *WrongPasswordError: the attempt failed.
+// Errors without an attempt: ErrInvalidPassword, ErrNotEnrolled, ErrFrozen, *TooEarlyError,
+// opaque.ErrArgon2idBounds, and those of Status. ErrConflict: somebody else made an attempt at
+// the same time; this one was not charged, or a later success has forgiven it, or its time
+// ran out before it was finished. *WrongPasswordError: the attempt failed.
 // ErrKeyDestroyed: it was the last one, or the key was gone before. *PendingRecovery: it is
 // not known how the attempt ended. ErrWrongVault, ErrBadResponse and opaque.ErrArgon2idBounds
 // can also come up after the attempt was charged; it then counts as failed.
@@ -107,12 +108,14 @@ func stretching(k api.KSF) (opaque.Argon2id, error) {
 // would make another one. An attempt that is not finished within the vault's time
 // (five minutes) counts as failed.
 type PendingRecovery struct {
-	cause error
-	// A pointer within a pointer: fmt shows its address and not the password behind it.
+	cause    error
 	recovery *pendingRecovery
 }
 
 func (e *PendingRecovery) Error() string { return "the recovery is not finished: " + e.cause.Error() }
+
+// Format prints the error alone: fmt would else go down to the keys.
+func (e PendingRecovery) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, e.Error()) }
 
 // Unwrap returns what stopped it.
 func (e *PendingRecovery) Unwrap() error { return e.cause }
