@@ -75,9 +75,9 @@ type tenantCommand struct {
 type tenantAddCommand struct {
 	ownerDatabase
 	Tenant      string        `arg:"" help:"The tenant's id: the issuer of its tokens. 1 to 64 of a-z, 0-9, '.', '_', '-'."`
-	MaxAttempts int           `default:"10" help:"Attempts without a success before a key is destroyed: 1 to 10."`
+	MaxAttempts int           `default:"10" placeholder:"N" help:"Attempts without a success before a key is destroyed: 1 to 10."`
 	Delays      string        `placeholder:"LIST" help:"Least time before each attempt since the last success, by number, as durations with commas between; 'none' for no delays (tests only). Default: 0,0,0,0,1m,5m,15m,1h,4h,24h."`
-	Grace       time.Duration `default:"168h" help:"How long a generation that was replaced or turned off without its owner's proof can still be recovered."`
+	Grace       time.Duration `default:"168h" placeholder:"DURATION" help:"How long a generation that was replaced or turned off without its owner's proof can still be recovered."`
 }
 
 func (c *tenantAddCommand) Run(e *environment) error {

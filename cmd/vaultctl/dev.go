@@ -58,7 +58,7 @@ type devTokenCommand struct {
 	User    string        `required:"" help:"The user: the token's subject."`
 	KID     string        `name:"kid" required:"" help:"The key's id, as it was added to the tenant."`
 	Key     string        `required:"" placeholder:"FILE" help:"PEM file with the private Ed25519 key (see vaultctl dev key)."`
-	Life    time.Duration `default:"5m" help:"How long the token holds: at most 10m."`
+	Life    time.Duration `default:"5m" placeholder:"DURATION" help:"How long the token holds: at most 10m."`
 }
 
 func (c *devTokenCommand) Run(e *environment) error {

@@ -21,6 +21,7 @@ type config struct {
 	Listen   string            `default:"127.0.0.1:8420" env:"BKV_LISTEN" placeholder:"HOST:PORT" help:"Where tenants' back ends reach the API. Plain HTTP: put it behind a proxy that ends TLS, or keep it on loopback."`
 	Admin    string            `name:"admin-listen" default:"127.0.0.1:8421" env:"BKV_ADMIN_LISTEN" placeholder:"HOST:PORT" help:"Where operators reach /healthz and /readyz. Never public."`
 	Token    settings.Token    `embed:"" prefix:"token-"`
+	Sessions int               `name:"token-sessions" default:"4" env:"BKV_TOKEN_SESSIONS" placeholder:"N" help:"Sessions kept open with the token. SoftHSM gains nothing beyond a few; a hardware HSM may want 30."`
 	Database settings.Database `embed:"" prefix:"database-"`
 	Conns    int               `name:"database-connections" default:"16" env:"BKV_DATABASE_CONNECTIONS" placeholder:"N" help:"Most connections to the database."`
 	Sweep    time.Duration     `name:"sweep-every" default:"10s" env:"BKV_SWEEP_EVERY" placeholder:"DURATION" help:"How often keys that are used up, or past their grace, are looked for and destroyed."`
@@ -31,8 +32,8 @@ type config struct {
 	EnrolmentsPerTenant int `default:"50" env:"BKV_ENROLMENTS_PER_TENANT" placeholder:"N" help:"Enrolment starts that a tenant may make in a second, at this instance; twice as many in a burst."`
 }
 
-// check reports everything that is wrong at once.
-func (c *config) check() error {
+// Validate reports everything that is wrong at once. settings.Parse asks it.
+func (c *config) Validate() error {
 	var problems []error
 	report := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
 	if c.VaultID == "" || len(c.VaultID) > 255 {
@@ -41,12 +42,15 @@ func (c *config) check() error {
 	if len(c.Context) > 65535 {
 		report("--opaque-context: want at most 65535 bytes, got %d", len(c.Context))
 	}
-	for flag, address := range map[string]string{"--listen": c.Listen, "--admin-listen": c.Admin} {
-		if _, _, err := net.SplitHostPort(address); err != nil {
-			report("%s: want host:port, got %q", flag, address)
+	for _, listen := range []struct{ flag, address string }{{"--listen", c.Listen}, {"--admin-listen", c.Admin}} {
+		if _, _, err := net.SplitHostPort(listen.address); err != nil {
+			report("%s: want host:port, got %q", listen.flag, listen.address)
 		}
 	}
 	problems = append(problems, c.Token.Problems()...)
+	if c.Sessions < 1 || c.Sessions > 1000 {
+		report("--token-sessions: want 1 to 1000, got %d", c.Sessions)
+	}
 	problems = append(problems, c.Database.Problems()...)
 	if c.Conns < 1 || c.Conns > 1000 {
 		report("--database-connections: want 1 to 1000, got %d", c.Conns)

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -41,7 +42,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if errors.Is(err, settings.ErrHelp) {
 		return nil
 	}
-	if err := errors.Join(err, c.check()); err != nil {
+	if err != nil {
 		return fmt.Errorf("settings (see --help):\n%w", err)
 	}
 	level, err := c.level()
@@ -68,7 +69,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return err
 	}
 	keys, err := pkcs11util.Open(ctx, pkcs11util.Config{
-		Module: c.Token.Module, Label: c.Token.Label, PIN: pin, Sessions: c.Token.Sessions, Logger: log,
+		Module: c.Token.Module, Label: c.Token.Label, PIN: pin, Sessions: c.Sessions, Logger: log,
 	})
 	if err != nil {
 		return fmt.Errorf("opening the token: %w", err)
@@ -93,7 +94,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 
 // warn says at every start what this deployment does not protect against.
 func warn(log *slog.Logger, keys *pkcs11util.Keyset) {
-	if keys.Model() == "SoftHSM v2" {
+	if strings.Contains(keys.Model(), "SoftHSM") {
 		log.Warn("the token is SoftHSM, a folder of files: whoever copies it, the PIN file and the database can guess passwords offline; use a hardware HSM in production")
 	}
 	log.Warn("no witness keeps a second record of the attempts: whoever can replay old rows of the database has unlimited guesses")

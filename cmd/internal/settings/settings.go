@@ -21,22 +21,24 @@ import (
 
 // Token says which PKCS#11 token to use.
 type Token struct {
-	Module   string `default:"/usr/lib/softhsm/libsofthsm2.so" env:"BKV_TOKEN_MODULE" placeholder:"FILE" help:"PKCS#11 module, a shared library."`
-	Label    string `default:"bkv" env:"BKV_TOKEN_LABEL" placeholder:"LABEL" help:"Label of the token."`
-	PINFile  string `name:"pin-file" env:"BKV_TOKEN_PIN_FILE" placeholder:"FILE" help:"File that holds the token's user PIN; a line break at its end is ignored."`
-	Sessions int    `default:"4" env:"BKV_TOKEN_SESSIONS" placeholder:"N" help:"Sessions kept open with the token. SoftHSM gains nothing beyond a few; a hardware HSM may want 30."`
+	Module  string `default:"/usr/lib/softhsm/libsofthsm2.so" env:"BKV_TOKEN_MODULE" placeholder:"FILE" help:"PKCS#11 module, a shared library."`
+	Label   string `default:"bkv" env:"BKV_TOKEN_LABEL" placeholder:"LABEL" help:"Label of the token, 1 to 32 bytes."`
+	PINFile string `name:"pin-file" env:"BKV_TOKEN_PIN_FILE" placeholder:"FILE" help:"File that holds the token's user PIN; a line break at its end is ignored."`
 }
+
+// maxLabelBytes is what a token has room for (PKCS #11 v2.40 section 3.2, CK_TOKEN_INFO).
+const maxLabelBytes = 32
 
 // Problems names what is wrong, flag by flag.
 func (t Token) Problems() (problems []error) {
+	if t.Module == "" {
+		problems = append(problems, errors.New("--token-module: name the PKCS#11 module"))
+	}
+	if t.Label == "" || len(t.Label) > maxLabelBytes {
+		problems = append(problems, fmt.Errorf("--token-label: want 1 to %d bytes, got %d", maxLabelBytes, len(t.Label)))
+	}
 	if t.PINFile == "" {
 		problems = append(problems, errors.New("--token-pin-file: name the file that holds the token's user PIN"))
-	}
-	if t.Label == "" {
-		problems = append(problems, errors.New("--token-label: must not be empty"))
-	}
-	if t.Sessions < 1 || t.Sessions > 1000 {
-		problems = append(problems, fmt.Errorf("--token-sessions: want 1 to 1000, got %d", t.Sessions))
 	}
 	return problems
 }
@@ -74,8 +76,9 @@ var ErrHelp = errors.New("help was asked for")
 type exited int
 
 // Parse fills command, a pointer to a tagged struct, from arguments and environment.
-// It reports all values that cannot be read in one error, and answers ErrHelp after
-// it has printed help. Whether values make sense is for the command's own check.
+// A command that has a method Validate() error is asked by it whether the values make
+// sense; its complaints and all values that cannot be read come in one error. A
+// command line that cannot be understood is reported alone. ErrHelp: help was printed.
 func Parse(command any, name, description string, args []string, stdout, stderr io.Writer) (chosen *kong.Context, err error) {
 	var unread []error
 	parser, err := newParser(command, name, description, &unread, stdout, stderr)
@@ -104,13 +107,27 @@ func newParser(command any, name, description string, unread *[]error, stdout, s
 	return kong.New(command, kong.Name(name), kong.Description(description),
 		kong.Writers(stdout, stderr), kong.Exit(func(code int) { panic(exited(code)) }),
 		kong.ConfigureHelp(kong.HelpOptions{Compact: true, WrapUpperBound: 100}),
+		kong.ValueFormatter(explain),
 		kong.TypeMapper(reflect.TypeFor[time.Duration](), collect(unread, "a duration such as 90s, 15m or 24h", time.ParseDuration)),
 		kong.TypeMapper(reflect.TypeFor[int](), collect(unread, "a whole number", strconv.Atoi)),
 	)
 }
 
+// explain is a setting's help with its default and its environment variable.
+func explain(v *kong.Value) string {
+	text := v.Help
+	if v.HasDefault {
+		text += " Default: " + v.Default + "."
+	}
+	if len(v.Tag.Envs) > 0 {
+		text += " Environment: " + strings.Join(v.Tag.Envs, ", ") + "."
+	}
+	return text
+}
+
 // collect reads a value and puts what cannot be read aside, so that all of it is
-// reported together, where kong would stop at the first.
+// reported together, where kong would stop at the first. The default then takes its
+// place, which nothing else will complain about.
 func collect[T any](unread *[]error, want string, parse func(string) (T, error)) kong.Mapper {
 	return kong.MapperFunc(func(ctx *kong.DecodeContext, target reflect.Value) error {
 		var text string
@@ -120,7 +137,9 @@ func collect[T any](unread *[]error, want string, parse func(string) (T, error))
 		value, err := parse(text)
 		if err != nil {
 			*unread = append(*unread, fmt.Errorf("--%s: want %s, got %q", ctx.Value.Name, want, text))
-			return nil
+			if value, err = parse(ctx.Value.Default); err != nil {
+				return fmt.Errorf("--%s has no default: %w", ctx.Value.Name, err)
+			}
 		}
 		target.Set(reflect.ValueOf(value))
 		return nil
