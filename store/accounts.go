@@ -172,7 +172,7 @@ stored AS (
 SELECT count(*) FROM account`
 
 // createAccount writes a new account, if there is none and it keeps within its cap.
-const createAccount = `
+var createAccount = numbered(`
 WITH ` + changedRows + `, account AS (
 	INSERT INTO accounts (tenant, user_id, pseudonym, max_attempts, delays, grace, head, next_number, mac_key, mac, due_at)
 	SELECT @tenant, @user::bytea, @pseudonym::bytea, @max_attempts::integer, @delays::interval[], @grace::interval,
@@ -181,7 +181,7 @@ WITH ` + changedRows + `, account AS (
 	AND NOT EXISTS (SELECT FROM changed WHERE number >= @next_number)
 	ON CONFLICT ON CONSTRAINT accounts_pk DO NOTHING
 	RETURNING tenant, user_id
-), ` + storeRows
+), ` + storeRows)
 
 // writeAccount is the compare-and-swap that attempts are counted with, and holds
 // the guess law. The account's row is written only if it carries the MAC that was
@@ -206,7 +206,7 @@ WITH ` + changedRows + `, account AS (
 // committed after this statement began, and then the UPDATE waits for that
 // row, looks at its newest version, finds another MAC, and changes nothing.
 // A MAC does not come back either: it covers counters that only grow.
-const writeAccount = `
+var writeAccount = numbered(`
 WITH ` + changedRows + `, live AS MATERIALIZED (
 	SELECT count(*) AS generations, coalesce(sum(started - last_success), 0) AS used
 	FROM (
@@ -242,7 +242,7 @@ WITH ` + changedRows + `, live AS MATERIALIZED (
 		OR c.follows IS DISTINCT FROM g.follows
 	)
 	RETURNING a.tenant, a.user_id
-), ` + storeRows
+), ` + storeRows)
 
 // macOfAccount tells why nothing was written.
 const macOfAccount = `SELECT mac FROM accounts WHERE tenant = $1 AND user_id = $2`
@@ -250,17 +250,17 @@ const macOfAccount = `SELECT mac FROM accounts WHERE tenant = $1 AND user_id = $
 // Write implements vault.Store. It refuses, having written nothing, a change that would
 // not read back as it was written: times and delays finer than a microsecond.
 func (s *Store) Write(ctx context.Context, change vault.Change) error {
-	sql, doing := writeAccount, "writing an account"
+	write, doing := writeAccount, "writing an account"
 	if change.Create {
-		sql, doing = createAccount, "creating an account"
+		write, doing = createAccount, "creating an account"
 	}
-	args, err := writeArgs(change)
+	values, err := writeArgs(change)
 	if err != nil {
 		return fmt.Errorf("store: %s: %w", doing, err)
 	}
 	var written int
 	err = s.with(ctx, doing, func(ctx context.Context, conn *pgx.Conn) error {
-		return conn.QueryRow(ctx, sql, args).Scan(&written)
+		return conn.QueryRow(ctx, write.sql, write.args(values)...).Scan(&written)
 	})
 	switch {
 	case violates(err, "generations_id_key", uniqueViolation):
@@ -291,7 +291,7 @@ func (s *Store) Write(ctx context.Context, change vault.Change) error {
 }
 
 // writeArgs lays a change out as the parameters of the statements above.
-func writeArgs(change vault.Change) (pgx.NamedArgs, error) {
+func writeArgs(change vault.Change) (map[string]any, error) {
 	a := &change.Account
 	var inexact error
 	whole := func(field string, d time.Duration) {
@@ -304,7 +304,7 @@ func writeArgs(change vault.Change) (pgx.NamedArgs, error) {
 		whole("a delay", d)
 	}
 	due := a.Due()
-	args := pgx.NamedArgs{
+	args := map[string]any{
 		"tenant": a.ID.Tenant, "user": []byte(a.ID.User), "previous": change.Previous[:], "pseudonym": a.Pseudonym[:],
 		"max_attempts": a.Policy.MaxAttempts, "delays": delaysOf(a.Policy), "grace": a.Policy.Grace,
 		"head": orNull(a.Head), "next_number": a.NextNumber, "mac_key": a.MACKey, "mac": a.MAC[:], "due": timeOrNull(due),
