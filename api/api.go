@@ -146,7 +146,7 @@ type StageResponse struct {
 	Generation GenerationID `json:"generation"`
 	Follows    GenerationID `json:"follows"`
 	Digest     Bytes        `json:"digest" minLength:"43" maxLength:"43" doc:"SHA-256 over record, wrapped key, KSF, owner key and server key, as statements name it."`
-	ExpiresAt  time.Time    `json:"expires_at" doc:"Until when the generation can be activated."`
+	ExpiresAt  *time.Time   `json:"expires_at,omitempty" doc:"Until when the generation can be activated; absent if it has been."`
 }
 
 // ActivateRequest makes a staged generation the active one.

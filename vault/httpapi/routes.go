@@ -181,7 +181,7 @@ func (s *server) stage(ctx context.Context, c call, in *api.StageRequest) (*api.
 		return nil, err
 	}
 	return &api.StageResponse{
-		Generation: api.GenerationID(g.ID), Follows: api.GenerationID(g.Follows), Digest: g.Digest[:], ExpiresAt: g.ExpiresAt.UTC(),
+		Generation: api.GenerationID(g.ID), Follows: api.GenerationID(g.Follows), Digest: g.Digest[:], ExpiresAt: timeOrNil(g.ExpiresAt),
 	}, nil
 }
 

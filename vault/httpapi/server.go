@@ -48,6 +48,9 @@ func New(c Config) (http.Handler, error) {
 	if c.Vault == nil || c.VaultID == "" || c.Tenants == nil || c.Log == nil {
 		return nil, errors.New("the HTTP interface needs a vault, its id, the tenants and a log")
 	}
+	if c.RequestTimeout < 0 {
+		return nil, errors.New("a request's time-out cannot be negative")
+	}
 	if c.RequestTimeout == 0 {
 		c.RequestTimeout = DefaultRequestTimeout
 	}

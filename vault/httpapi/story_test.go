@@ -108,6 +108,10 @@ func tellStory(t *testing.T, p *phone) {
 			t.Fatalf("after activation: %+v", got)
 		}
 	}
+	again := into[api.StageResponse](t, p.send(http.MethodPut, p.user, "", first.stage))
+	if again.Generation != first.generation || again.ExpiresAt != nil {
+		t.Fatalf("staged again after activation: %+v", again)
+	}
 	mustRecover("first", first)
 
 	// A wrong password, and the same KE1 sent twice.
