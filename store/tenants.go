@@ -164,13 +164,16 @@ func (s *Store) SetPolicy(ctx context.Context, tenant string, p vault.Policy) er
 	if err := checkPolicy(p); err != nil {
 		return err
 	}
-	return s.with(ctx, "setting a tenant's policy", func(ctx context.Context, conn *pgx.Conn) error {
+	var set int64
+	err := s.with(ctx, "setting a tenant's policy", func(ctx context.Context, conn *pgx.Conn) error {
 		tag, err := conn.Exec(ctx, setPolicy, tenant, p.MaxAttempts, delaysOf(p), p.Grace)
-		if err == nil && tag.RowsAffected() == 0 {
-			err = ErrUnknownTenant
-		}
+		set = tag.RowsAffected()
 		return err
 	})
+	if err == nil && set == 0 {
+		return ErrUnknownTenant
+	}
+	return err
 }
 
 const addTenantKey = `INSERT INTO tenant_keys (tenant, kid, public_key) VALUES ($1, $2, $3)`
@@ -206,19 +209,19 @@ SELECT (SELECT count(*) FROM tenant), (SELECT count(*) FROM revoked)`
 // RevokeTenantKey ends the use of a key. One that is revoked already stays as it is. An
 // unknown tenant is ErrUnknownTenant, an unknown kid ErrUnknownKey.
 func (s *Store) RevokeTenantKey(ctx context.Context, tenant, kid string) error {
-	return s.with(ctx, "revoking a tenant's key", func(ctx context.Context, conn *pgx.Conn) error {
-		var tenants, keys int
-		err := conn.QueryRow(ctx, revokeTenantKey, tenant, kid).Scan(&tenants, &keys)
-		switch {
-		case err != nil:
-			return err
-		case tenants == 0:
-			return ErrUnknownTenant
-		case keys == 0:
-			return ErrUnknownKey
-		}
-		return nil
+	var tenants, keys int
+	err := s.with(ctx, "revoking a tenant's key", func(ctx context.Context, conn *pgx.Conn) error {
+		return conn.QueryRow(ctx, revokeTenantKey, tenant, kid).Scan(&tenants, &keys)
 	})
+	switch {
+	case err != nil:
+		return err
+	case tenants == 0:
+		return ErrUnknownTenant
+	case keys == 0:
+		return ErrUnknownKey
+	}
+	return nil
 }
 
 func checkPolicy(p vault.Policy) error {
