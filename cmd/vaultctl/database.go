@@ -68,7 +68,7 @@ type tenantCommand struct {
 	List tenantListCommand `cmd:"" help:"List tenants, their policies and keys."`
 	Key  struct {
 		Add    tenantKeyAddCommand    `cmd:"" help:"Add a public key that verifies the tenant's tokens."`
-		Revoke tenantKeyRevokeCommand `cmd:"" help:"Withdraw a key; its tokens are refused within ten seconds."`
+		Revoke tenantKeyRevokeCommand `cmd:"" help:"Withdraw a key; its tokens are refused within thirty seconds, or five minutes where the database does not answer."`
 	} `cmd:"" help:"Add and revoke a tenant's keys."`
 }
 
@@ -226,5 +226,5 @@ func (c *tenantKeyRevokeCommand) Run(e *environment) error {
 	if err := s.RevokeTenantKey(e.ctx, c.Tenant, c.KID); err != nil {
 		return err
 	}
-	return e.printf("key %s of tenant %s revoked; running vaults refuse it within ten seconds\n", c.KID, c.Tenant)
+	return e.printf("key %s of tenant %s revoked; running vaults refuse it within thirty seconds\n", c.KID, c.Tenant)
 }

@@ -31,7 +31,7 @@ func (c *devKeyCommand) Run(e *environment) error {
 		return err
 	}
 	if err := writePEM(c.File+".pub", "PUBLIC KEY", 0o644, public, x509.MarshalPKIXPublicKey); err != nil {
-		return err
+		return errors.Join(err, os.Remove(c.File)) // half a pair is of no use
 	}
 	return e.printf("%s and %[1]s.pub written\n", c.File)
 }
@@ -62,8 +62,19 @@ type devTokenCommand struct {
 }
 
 func (c *devTokenCommand) Run(e *environment) error {
+	var problems []error
+	for _, must := range []struct{ flag, value string }{
+		{"--vault-id", c.VaultID}, {"--tenant", c.Tenant}, {"--user", c.User}, {"--kid", c.KID},
+	} {
+		if must.value == "" {
+			problems = append(problems, fmt.Errorf("%s: must not be empty", must.flag))
+		}
+	}
 	if c.Life <= 0 || c.Life > maxTokenLife {
-		return fmt.Errorf("--life: want more than 0 and at most %v, got %v", maxTokenLife, c.Life)
+		problems = append(problems, fmt.Errorf("--life: want more than 0 and at most %v, got %v", maxTokenLife, c.Life))
+	}
+	if err := errors.Join(problems...); err != nil {
+		return err
 	}
 	raw, err := os.ReadFile(c.Key)
 	if err != nil {

@@ -57,7 +57,11 @@ type identityCommand struct {
 }
 
 func (c *identityCommand) Run(e *environment) error {
-	if err := errors.Join(c.Token.Problems()...); err != nil {
+	problems := c.Token.Problems()
+	if len(c.VaultID) == 0 || len(c.VaultID) > 255 {
+		problems = append(problems, fmt.Errorf("--vault-id: want 1 to 255 bytes, got %d", len(c.VaultID)))
+	}
+	if err := errors.Join(problems...); err != nil {
 		return err
 	}
 	pin, err := pkcs11util.ReadPIN(c.Token.PINFile)
