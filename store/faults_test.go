@@ -47,12 +47,18 @@ func charged(a vault.Account) vault.Change {
 	return ch
 }
 
+// credited is the change that credits the last attempt.
 func credited(a vault.Account) vault.Change {
-	ch := charged(a)
-	g := &ch.Changed[0]
+	g := a.Generations[0]
 	g.LastSuccess, g.Successes = g.Started, g.Successes+1
-	g.Attempts = g.Attempts[len(g.Attempts)-1:]
-	g.Attempts[0].Outcome = vault.Succeeded
+	last := g.Attempts[len(g.Attempts)-1]
+	last.Outcome = vault.Succeeded
+	g.Attempts = []vault.Attempt{last}
+	ch := vault.Change{Previous: a.MAC, Account: a, Changed: []vault.Generation{g}, Events: []vault.Event{{
+		Kind: vault.EventSuccess, Tenant: a.ID.Tenant, Pseudonym: a.Pseudonym, Generation: g.ID, Attempt: g.Started, RequestID: "r",
+	}}}
+	ch.Account.Generations = ch.Changed
+	ch.Account.MAC[31]++
 	return ch
 }
 
