@@ -240,8 +240,7 @@ type pendingEnrolment struct {
 	digest          [transcript.DigestSize]byte
 	stage, activate []byte
 
-	mu     sync.Mutex // held over the requests: one run at a time
-	staged bool
+	mu sync.Mutex // held over the requests: one run at a time
 }
 
 func (e *pendingEnrolment) run(ctx context.Context) (Enrolled, error) {
@@ -258,15 +257,14 @@ func (e *pendingEnrolment) run(ctx context.Context) (Enrolled, error) {
 
 func (e *pendingEnrolment) advance(ctx context.Context) error {
 	c := e.client
-	if !e.staged {
-		var staged api.StageResponse
-		if err := c.call(ctx, "PUT", c.resource, e.stage, &staged); err != nil {
-			return fmt.Errorf("staging the record: %w", err)
-		}
-		if staged.Generation != e.generation || string(staged.Digest) != string(e.digest[:]) {
-			return fmt.Errorf("%w: another record was staged than the one that was sent", ErrBadResponse)
-		}
-		e.staged = true
+	// When it is resumed the record may be staged, or active, already: then the same
+	// bytes are confirmed again.
+	var staged api.StageResponse
+	if err := c.call(ctx, "PUT", c.resource, e.stage, &staged); err != nil {
+		return fmt.Errorf("staging the record: %w", err)
+	}
+	if staged.Generation != e.generation || string(staged.Digest) != string(e.digest[:]) {
+		return fmt.Errorf("%w: another record was staged than the one that was sent", ErrBadResponse)
 	}
 	var status api.Status
 	if err := c.call(ctx, "POST", c.resource+"/activation", e.activate, &status); err != nil {

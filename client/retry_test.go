@@ -130,6 +130,26 @@ func TestContextEndsTheWaiting(t *testing.T) {
 	})
 }
 
+// A context that ends during the last try is still the context's end, and no fault of the vault's.
+func TestContextEndsTheLastTry(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newService(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		tries := 0
+		w := &wire{next: inProcess{s.handler}, faults: always("GET backup-key", dropRequest), before: func(step string) {
+			if step == "GET backup-key" {
+				if tries++; tries == client.MaxTries {
+					cancel()
+				}
+			}
+		}}
+		_, err := newClient(t, s.config("alice", w)).Status(ctx)
+		if !errors.Is(err, context.Canceled) || errors.Is(err, client.ErrUnavailable) || tries != client.MaxTries {
+			t.Errorf("after %d tries: %v", tries, err)
+		}
+	})
+}
+
 // What a hostile vault says ends up in terminals and logs.
 func TestProblemTextIsTamed(t *testing.T) {
 	s := newService(t)

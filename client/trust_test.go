@@ -16,6 +16,7 @@ import (
 	"github.com/backup-key-vault/bkv/backup"
 	"github.com/backup-key-vault/bkv/client"
 	"github.com/backup-key-vault/bkv/opaque"
+	"github.com/backup-key-vault/bkv/transcript"
 	"github.com/backup-key-vault/bkv/vault"
 )
 
@@ -198,6 +199,49 @@ func TestUnlistedServerKey(t *testing.T) {
 	want := []string{"GET /v1/vault", "GET backup-key", "POST backup-key/enrolment", "GET /v1/vault"}
 	if got := steps(w.take()); !slices.Equal(got, want) {
 		t.Errorf("sent %q", got)
+	}
+}
+
+// A login with a server key that the vault has taken off its list does not get a right proof.
+func TestServerKeyTakenOffTheList(t *testing.T) {
+	s, other := newService(t), newService(t)
+	d, _ := s.device("alice")
+	if _, err := d.Enrol(t.Context(), "right"); err != nil {
+		t.Fatal(err)
+	}
+	key, err := other.token.PublicKey("server", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fresh, w := s.device("alice")
+	w.set(func(w *wire) {
+		w.tamper = func(step string, r *client.Response) {
+			if step != "GET /v1/vault" {
+				return
+			}
+			edit(r, func(v *api.Vault) {
+				v.Keys.Keys = []api.Key{{Purpose: "server", Generation: 2, PublicKey: key[:]}}
+				list := transcript.KeyList{
+					Vault: v.ID, Serial: v.Keys.Serial, NotBefore: v.Keys.NotBefore.Unix(), Expires: v.Keys.Expires.Unix(),
+					Keys: []transcript.ListedKey{{Purpose: "server", Generation: 2, Key: key[:]}},
+				}
+				signature, err := s.token.Sign(t.Context(), "identity", 1, list.Digest())
+				if err != nil {
+					t.Error(err)
+				}
+				v.Keys.Signature = signature[:]
+			})
+		}
+	})
+	if _, err := fresh.Recover(t.Context(), "right"); !errors.Is(err, client.ErrWrongVault) {
+		t.Errorf("got: %v", err)
+	}
+	want := append(slices.Clone(recoverSteps[:3]), "GET /v1/vault", recoverSteps[3])
+	if got := steps(w.take()); !slices.Equal(got, want) {
+		t.Errorf("sent %q", got)
+	}
+	if failed, ok := s.store.Count(vault.EventFailure), s.store.Count(vault.EventSuccess); failed != 1 || ok != 0 {
+		t.Errorf("%d failures and %d successes", failed, ok)
 	}
 }
 
