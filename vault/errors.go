@@ -48,7 +48,9 @@ func (e *Conflict) Error() string { return "conflict: " + e.Reason }
 
 // WrongPassword is a finish whose proof is wrong. Its attempt was charged at start.
 type WrongPassword struct {
-	AttemptsLeft int       // at least 1; otherwise the answer is ErrKeyDestroyed
+	// AttemptsLeft is 0 only while an attempt of somebody else is open: it decides.
+	// If nothing is left and nothing open, the answer is ErrKeyDestroyed.
+	AttemptsLeft int
 	NextAttempt  time.Time // no attempt is answered before; zero: at once
 }
 
