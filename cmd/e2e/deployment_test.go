@@ -72,7 +72,7 @@ func deploy(t testing.TB, db *storetest.Database) *deployment {
 	mustRun(t, owner, "vaultctl", "tenant", "key", "add", tenant, "--kid="+kid, "--public-key="+d.dir+"/tenant.key.pub")
 	d.vaultd = append(tokens,
 		"BKV_DATABASE_URL_FILE="+write(t, d.dir, "vaultd.url", withPassword(db.RuntimeURL)),
-		"BKV_ENROLMENTS_PER_TENANT=100000", "BKV_SWEEP_EVERY=100ms")
+		"BKV_ENROLMENTS_PER_TENANT=100000")
 
 	var err error
 	if d.pin, err = transcript.ParseFingerprint(strings.TrimSpace(mustRun(t, tokens, "vaultctl", "identity"))); err != nil {

@@ -56,9 +56,12 @@ var crowd = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64}, Ti
 
 // send sends a request, once. An error means that no answer came.
 func (p *phone) send(ctx context.Context, method, rest string, body any) (reply, error) {
-	raw, err := json.Marshal(body)
-	if err != nil {
-		return reply{}, err
+	var raw []byte
+	var err error
+	if body != nil {
+		if raw, err = json.Marshal(body); err != nil {
+			return reply{}, err
+		}
 	}
 	r, err := http.NewRequestWithContext(ctx, method, p.at.String()+"/v1/users/"+url.PathEscape(p.user)+"/backup-key"+rest, bytes.NewReader(raw))
 	if err != nil {
@@ -69,7 +72,9 @@ func (p *phone) send(ctx context.Context, method, rest string, body any) (reply,
 	if err != nil {
 		return reply{}, err
 	}
-	r.Header.Set("Content-Type", "application/json")
+	if raw != nil {
+		r.Header.Set("Content-Type", "application/json")
+	}
 	r.Header.Set("Authorization", "Bearer "+token)
 	response, err := crowd.Do(r)
 	if err != nil {

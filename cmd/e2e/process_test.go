@@ -101,7 +101,8 @@ func startVaultd(t testing.TB, env []string, more ...string) *vaultd {
 		v.kill()
 		sane(t, v.log.String())
 		if t.Failed() {
-			t.Logf("vaultd's log:\n%s", v.log.String())
+			lines := strings.SplitAfter(v.log.String(), "\n")
+			t.Logf("the end of vaultd's log:\n%s", strings.Join(lines[max(0, len(lines)-50):], ""))
 		}
 	})
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
