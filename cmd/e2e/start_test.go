@@ -181,36 +181,21 @@ func TestRefusesHalfMadeKeys(t *testing.T) {
 		want   string
 	}{
 		"a key is missing": {func(t testing.TB, tok *tokentest.Token) {
-			tok.DestroyKey(t, pkcs11util.KeyName{Purpose: pkcs11util.MAC, Generation: 1})
+			destroy(t, tok, "bkv/mac/1", pkcs11.CKO_SECRET_KEY)
 		}, `bkv/mac/1`},
 		"a key still has its temporary label": {func(t testing.TB, tok *tokentest.Token) {
-			name := pkcs11util.KeyName{Purpose: pkcs11util.State, Generation: 1}
-			tok.DestroyKey(t, name)
-			generate(t, tok, pkcs11util.TemporaryLabel(name))
+			destroy(t, tok, "bkv/state/1", pkcs11.CKO_SECRET_KEY)
+			generate(t, tok, pkcs11util.TemporaryLabel(pkcs11util.KeyName{Purpose: pkcs11util.State, Generation: 1}))
 		}, `bkv/state/1`},
 		"there are two of a key": {func(t testing.TB, tok *tokentest.Token) {
 			generate(t, tok, "bkv/master/1")
 		}, `bkv/master/1`},
 		"a key can be extracted": {func(t testing.TB, tok *tokentest.Token) {
-			tok.DestroyKey(t, pkcs11util.KeyName{Purpose: pkcs11util.State, Generation: 1})
+			destroy(t, tok, "bkv/state/1", pkcs11.CKO_SECRET_KEY)
 			generate(t, tok, "bkv/state/1", pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, true))
 		}, `bkv/state/1`},
 		"a public half is missing": {func(t testing.TB, tok *tokentest.Token) {
-			tok.Raw(t, func(p *pkcs11.Ctx, s pkcs11.SessionHandle) error {
-				if err := p.FindObjectsInit(s, []*pkcs11.Attribute{
-					pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), pkcs11.NewAttribute(pkcs11.CKA_LABEL, "bkv/server/1"),
-				}); err != nil {
-					return err
-				}
-				found, _, err := p.FindObjects(s, 2)
-				if err != nil || len(found) != 1 {
-					return fmt.Errorf("%d public halves: %w", len(found), err)
-				}
-				if err := p.FindObjectsFinal(s); err != nil {
-					return err
-				}
-				return p.DestroyObject(s, found[0])
-			})
+			destroy(t, tok, "bkv/server/1", pkcs11.CKO_PUBLIC_KEY)
 		}, `bkv/server/1`},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -226,6 +211,26 @@ func TestRefusesHalfMadeKeys(t *testing.T) {
 			refuses(t, env, c.want)
 		})
 	}
+}
+
+// destroy destroys the one object of a class and label.
+func destroy(t testing.TB, tok *tokentest.Token, label string, class uint) {
+	t.Helper()
+	tok.Raw(t, func(p *pkcs11.Ctx, s pkcs11.SessionHandle) error {
+		if err := p.FindObjectsInit(s, []*pkcs11.Attribute{
+			pkcs11.NewAttribute(pkcs11.CKA_CLASS, class), pkcs11.NewAttribute(pkcs11.CKA_LABEL, label),
+		}); err != nil {
+			return err
+		}
+		found, _, err := p.FindObjects(s, 2)
+		if err == nil {
+			err = p.FindObjectsFinal(s)
+		}
+		if err != nil || len(found) != 1 {
+			return fmt.Errorf("%d objects: %w", len(found), err)
+		}
+		return p.DestroyObject(s, found[0])
+	})
 }
 
 // generate makes an AES key in a token, as a key of ours but for the attributes given.
