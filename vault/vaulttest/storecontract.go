@@ -280,8 +280,9 @@ func testManyAtOnce(t *testing.T, c *contract) {
 	same(t, c.read(t, ann).Account, want)
 }
 
-// testLaw starts from a frozen generation (4 used), an active one (3 used after a success),
-// a staged one and a tombstone that is not the head.
+// testLaw starts from a frozen generation (4 used), an active one (3 used after the second
+// success), a staged one and a tombstone that is not the head. Each case breaks one
+// rule only, so that none hides behind another.
 func testLaw(t *testing.T, c *contract) {
 	now := c.read(t, ann).Now
 	n := 0
@@ -290,7 +291,7 @@ func testLaw(t *testing.T, c *contract) {
 		n++
 		a := account(vault.AccountID{Tenant: "alpha", User: fmt.Sprintf("user %d", n)},
 			attempted(newGeneration(1, vault.Frozen, now), 4, 0, 0, now),
-			attempted(newGeneration(2, vault.Active, now), 5, 2, 1, now),
+			attempted(newGeneration(2, vault.Active, now), 6, 3, 2, now),
 			newGeneration(3, vault.Staged, now),
 			destroyed(newGeneration(4, vault.Staged, now), vault.Superseded))
 		c.write(t, create(a))
@@ -303,24 +304,26 @@ func testLaw(t *testing.T, c *contract) {
 		name   string
 		change func(a vault.Account) vault.Change
 	}{
-		{"started goes back", edit(1, func(g *vault.Generation) { *g = attempted(*g, 4, 2, 1, now) })},
-		{"the last success goes back", edit(1, func(g *vault.Generation) { g.LastSuccess, g.Successes = 1, 1 })},
-		{"successes go back", edit(1, func(g *vault.Generation) { g.Successes = 0 })},
+		{"started goes back", edit(1, func(g *vault.Generation) { *g = attempted(*g, 5, 3, 2, now) })},
+		{"the last success goes back", edit(1, func(g *vault.Generation) { g.LastSuccess = 2 })},
+		{"successes go back", edit(1, func(g *vault.Generation) { g.Successes = 1 })},
 		{"all counters begin anew", edit(1, func(g *vault.Generation) { *g = attempted(*g, 0, 0, 0, now) })},
-		{"forgiven without a success", edit(1, func(g *vault.Generation) { g.LastSuccess = 4 })},
-		{"a success that forgives nothing", edit(1, func(g *vault.Generation) { g.Successes = 2 })},
-		{"a success past what was started", edit(1, func(g *vault.Generation) { g.LastSuccess, g.Successes = 6, 2 })},
-		{"the cap passed on the active one", edit(1, func(g *vault.Generation) { *g = attempted(*g, 9, 2, 1, now) })},
+		{"forgiven without a success", edit(1, func(g *vault.Generation) { g.LastSuccess = 5 })},
+		{"a success that forgives nothing", edit(1, func(g *vault.Generation) { g.Successes = 3 })},
+		{"a success past what was started", edit(1, func(g *vault.Generation) { g.LastSuccess, g.Successes = 7, 3 })},
+		{"the cap passed on the active one", edit(1, func(g *vault.Generation) { *g = attempted(*g, 10, 3, 2, now) })},
 		{"the cap passed on the frozen one", edit(0, func(g *vault.Generation) { *g = attempted(*g, 8, 0, 0, now) })},
 		{"the cap passed by both", func(a vault.Account) vault.Change {
-			return update(a, attempted(a.Generations[0], 6, 0, 0, now), attempted(a.Generations[1], 7, 2, 1, now))
+			return update(a, attempted(a.Generations[0], 6, 0, 0, now), attempted(a.Generations[1], 8, 3, 2, now))
 		}},
-		{"the cap passed by one that was staged", edit(2, func(g *vault.Generation) {
+		{"the cap passed by one that was staged", func(a vault.Account) vault.Change {
+			g := attempted(a.Generations[2], 7, 0, 0, now)
 			g.State, g.ExpiresAt = vault.Active, time.Time{}
-			*g = attempted(*g, 10, 0, 0, now)
-		})},
+			return update(a, destroyed(a.Generations[1], vault.Replaced), g)
+		}},
 		{"the cap of one generation passed after its destruction", edit(1, func(g *vault.Generation) {
-			*g = destroyed(attempted(*g, 13, 2, 1, now), vault.Exhausted)
+			*g = destroyed(attempted(*g, 14, 3, 2, now), vault.Exhausted)
+			g.Attempts = g.Attempts[:2]
 		})},
 		{"a hundred and one failures", edit(1, func(g *vault.Generation) {
 			g.Started, g.LastSuccess, g.Successes = 104, 103, 3
@@ -362,9 +365,21 @@ func testLaw(t *testing.T, c *contract) {
 			return update(a, destroyed(a.Generations[1], vault.Replaced), g)
 		}},
 		{"a tombstone is written over", func(a vault.Account) vault.Change { return update(a, tombstone) }},
-		{"an active generation is staged again", edit(1, func(g *vault.Generation) { g.State, g.ExpiresAt = vault.Staged, now })},
-		{"a frozen generation is staged again", edit(0, func(g *vault.Generation) { g.State, g.ExpiresAt = vault.Staged, now })},
-		{"a staged generation freezes", edit(2, func(g *vault.Generation) { g.State = vault.Frozen })},
+		{"an active generation is staged again", func(a vault.Account) vault.Change {
+			g := a.Generations[1]
+			g.State, g.ExpiresAt = vault.Staged, now
+			return update(a, g, destroyed(a.Generations[2], vault.Superseded))
+		}},
+		{"a frozen generation is staged again", func(a vault.Account) vault.Change {
+			g := a.Generations[0]
+			g.State, g.ExpiresAt = vault.Staged, now
+			return update(a, g, destroyed(a.Generations[2], vault.Superseded))
+		}},
+		{"a staged generation freezes", func(a vault.Account) vault.Change {
+			g := a.Generations[2]
+			g.State = vault.Frozen
+			return update(a, destroyed(a.Generations[0], vault.GraceOver), g)
+		}},
 		{"two are active", edit(0, func(g *vault.Generation) { g.State, g.ExpiresAt = vault.Active, time.Time{} })},
 		{"two are staged", func(a vault.Account) vault.Change { return update(a, newGeneration(5, vault.Staged, now)) }},
 		{"a destroyed generation keeps its secrets", edit(0, func(g *vault.Generation) {
@@ -390,7 +405,7 @@ func testLaw(t *testing.T, c *contract) {
 			c.refused(t, bad.change(a), vault.ErrLaw)
 			same(t, c.read(t, a.ID).Account, a)
 			// The account goes on as if nothing had been asked.
-			c.write(t, update(a, attempted(a.Generations[1], 6, 2, 1, now)))
+			c.write(t, update(a, attempted(a.Generations[1], 7, 3, 2, now)))
 		})
 	}
 }
