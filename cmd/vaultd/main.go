@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/backup-key-vault/bkv/api"
 	"github.com/backup-key-vault/bkv/cmd/internal/settings"
 	"github.com/backup-key-vault/bkv/migrations"
 	"github.com/backup-key-vault/bkv/pkcs11util"
@@ -101,7 +102,7 @@ func warn(log *slog.Logger, keys *pkcs11util.Keyset) {
 }
 
 func serve(ctx context.Context, c *config, log *slog.Logger, v *vault.Vault, keys *pkcs11util.Keyset, db *store.Store, identity *vault.Identity) error {
-	api, err := httpapi.New(httpapi.Config{
+	public, err := httpapi.New(httpapi.Config{
 		Vault: v, VaultID: c.VaultID, Tenants: db, Log: log,
 		Limits: httpapi.Limits{
 			EnrolmentsPerUser:   httpapi.RateLimit{PerSecond: float64(c.EnrolmentsPerUser) / 3600, Burst: c.EnrolmentsPerUser},
@@ -122,26 +123,27 @@ func serve(ctx context.Context, c *config, log *slog.Logger, v *vault.Vault, key
 		return err
 	}
 
-	var public, private net.Listener
-	if public, err = net.Listen("tcp", c.Listen); err != nil {
+	publicListener, err := net.Listen("tcp", c.Listen)
+	if err != nil {
 		return fmt.Errorf("--listen: %w", err)
 	}
-	defer public.Close()
-	if private, err = net.Listen("tcp", c.Admin); err != nil {
+	defer publicListener.Close()
+	adminListener, err := net.Listen("tcp", c.Admin)
+	if err != nil {
 		return fmt.Errorf("--admin-listen: %w", err)
 	}
-	defer private.Close()
+	defer adminListener.Close()
 
-	servers := []*http.Server{newServer(api, log), newServer(admin, log)}
+	servers := []*http.Server{newServer(until(stopping, public), log), newServer(admin, log)}
 	failed := make(chan error, len(servers))
-	for i, listener := range []net.Listener{public, private} {
+	for i, listener := range []net.Listener{publicListener, adminListener} {
 		go func() { failed <- servers[i].Serve(listener) }()
 	}
 	sweepCtx, stopSweeping := context.WithCancel(ctx)
 	var sweeper sync.WaitGroup
 	sweeper.Go(func() { sweep(sweepCtx, v, c.Sweep, log) })
 	log.Info("serving", "vault_id", c.VaultID, "fingerprint", identity.Fingerprint.String(),
-		"listen", public.Addr().String(), "admin_listen", private.Addr().String())
+		"listen", publicListener.Addr().String(), "admin_listen", adminListener.Addr().String())
 
 	select {
 	case <-ctx.Done():
@@ -163,6 +165,24 @@ func serve(ctx context.Context, c *config, log *slog.Logger, v *vault.Vault, key
 		log.Info("stopped")
 	}
 	return err
+}
+
+// until refuses the requests that begin after stopping is over. Shutdown waits for those that
+// run; but net/http can read one from a connection that Shutdown is closing as
+// idle at that moment. It would be carried out, an attempt counted, and nobody told.
+func until(stopping context.Context, h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if stopping.Err() == nil {
+			h.ServeHTTP(w, r)
+			return
+		}
+		header := w.Header()
+		header.Set("Connection", "close")
+		header.Set("Content-Type", api.ProblemMediaType)
+		header.Set("Retry-After", "1")
+		w.WriteHeader(http.StatusServiceUnavailable)
+		_, _ = io.WriteString(w, `{"type":"about:blank","title":"The vault is stopping","status":503}`) // who cannot receive it cannot be told
+	})
 }
 
 // Time-outs and limits of a connection. A request takes milliseconds; these bound what a

@@ -1,11 +1,16 @@
 package main
 
 import (
+	"context"
+	"encoding/json"
 	"flag"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"strings"
 	"testing"
 
+	"github.com/backup-key-vault/bkv/api"
 	"github.com/backup-key-vault/bkv/cmd/internal/settings"
 )
 
@@ -36,5 +41,29 @@ func TestReadmeListsTheSettings(t *testing.T) {
 	}
 	if err := os.WriteFile(readme, []byte(want), 0o644); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A request that begins when the stop has begun is not carried out.
+func TestNothingBeginsWhileStopping(t *testing.T) {
+	carriedOut := 0
+	stopping, stop := context.WithCancel(t.Context())
+	handler := until(stopping, http.HandlerFunc(func(http.ResponseWriter, *http.Request) { carriedOut++ }))
+	answer := func() *httptest.ResponseRecorder {
+		w := httptest.NewRecorder()
+		handler.ServeHTTP(w, httptest.NewRequest("POST", "/", nil))
+		return w
+	}
+	if w := answer(); w.Code != http.StatusOK || carriedOut != 1 {
+		t.Fatalf("before the stop: status %d, carried out %d times", w.Code, carriedOut)
+	}
+	stop()
+	w := answer()
+	if w.Code != http.StatusServiceUnavailable || w.Header().Get("Retry-After") == "" || carriedOut != 1 {
+		t.Errorf("during the stop: status %d, %v, carried out %d times", w.Code, w.Header(), carriedOut)
+	}
+	var p api.Problem
+	if err := json.Unmarshal(w.Body.Bytes(), &p); err != nil || p.Status != w.Code || p.Type == "" || p.Title == "" {
+		t.Errorf("not a problem: %s", w.Body)
 	}
 }
