@@ -13,7 +13,8 @@ import (
 type Store interface {
 	// Account reads an account in one statement: the generations that are not
 	// destroyed, the head whatever its state, and the clock. An account that does
-	// not exist is no error: Exists is false, and Now is set.
+	// not exist is no error: Exists is false, and Now is set. A row that no
+	// vault can have written is ErrAccountFault.
 	Account(ctx context.Context, id AccountID) (Snapshot, error)
 
 	// Write records a change in one statement, or nothing of it.
@@ -21,9 +22,11 @@ type Store interface {
 	// It answers ErrStale, having written nothing, if the account does not carry
 	// Change.Previous any more (or, for a new account, exists already), or if a
 	// new generation's id is taken. It answers
-	// ErrLaw, having written nothing, if any counter would go back, a tombstone
-	// would change, or the attempts used by the account's live generations would
-	// exceed its cap.
+	// ErrLaw, having written nothing, if a counter would go back, an attempt be
+	// forgiven without a success, a tombstone or anything fixed at staging change, a
+	// state be left for an earlier one or taken by two generations, the policy
+	// change while an attempt or a second live generation depends on it, or the
+	// attempts used by the live generations exceed the cap.
 	//
 	// After any other error it is unknown whether the change was written; the
 	// domain reads again before it decides anything.

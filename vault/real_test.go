@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"sync"
@@ -263,7 +264,11 @@ func TestFaultsAtEveryWrite(t *testing.T) {
 func TestEditedRowsAreRefused(t *testing.T) {
 	t.Parallel()
 	r := newReal(t)
-	v := r.instance(t)
+	var log lockedBuffer
+	v, err := vault.New(vault.Config{ID: vaultID, Store: r.db.Store(t), Token: r.token, Log: slog.New(slog.NewTextHandler(&log, nil))})
+	if err != nil {
+		t.Fatal(err)
+	}
 	ann, bob := deviceOf(v, "ann"), deviceOf(v, "bob")
 	mine := ann.MustEnrol(t, "right", nil)
 	if _, err := ann.Recover(t.Context(), "wrong"); err == nil {
@@ -277,6 +282,7 @@ func TestEditedRowsAreRefused(t *testing.T) {
 		"an attempt left out":    `UPDATE generations SET attempts = '[]' WHERE ` + annRow,
 		"a claim changed":        `UPDATE generations SET attempts = replace(attempts::text, substr(attempts->0->>'claim', 1, 8), '00000000')::jsonb WHERE ` + annRow,
 		"a later expiry":         `UPDATE generations SET attempts = replace(attempts::text, '"failed"', '"open"')::jsonb WHERE ` + annRow,
+		"attempts unreadable":    `UPDATE generations SET attempts = '[{}]' WHERE ` + annRow,
 		"delays loosened":        `UPDATE accounts SET delays = '{1 hour}' WHERE ` + annRow,
 		"a longer grace":         `UPDATE accounts SET grace = grace + interval '1 hour' WHERE ` + annRow,
 		"fewer attempts":         `UPDATE accounts SET max_attempts = 5 WHERE ` + annRow,
@@ -302,6 +308,7 @@ func TestEditedRowsAreRefused(t *testing.T) {
 				t.Fatalf("the edit touched %d rows", n)
 			}
 			before := r.token.count()
+			log.take()
 			for what, do := range map[string]func() error{
 				"status":  func() error { return errOf(ann.Vault.Status(t.Context(), ann.Caller)) },
 				"start":   func() error { return errOf(ann.Recover(t.Context(), "right")) },
@@ -317,6 +324,9 @@ func TestEditedRowsAreRefused(t *testing.T) {
 			if n := r.token.count(); n != before {
 				t.Errorf("%d evaluations on an edited row", n-before)
 			}
+			if reported := log.take(); name != "another mac key" && strings.Count(reported, `msg="account fault"`) != 4 || strings.Contains(reported, "ann") {
+				t.Errorf("reported: %s", reported)
+			}
 			if _, err := bob.Vault.Status(t.Context(), bob.Caller); err != nil {
 				t.Errorf("the others are served: %v", err)
 			}
@@ -331,6 +341,26 @@ func TestEditedRowsAreRefused(t *testing.T) {
 	if key, err := ann.Recover(t.Context(), "right"); err != nil || key != mine.Key {
 		t.Fatalf("with the row as it was: %v", err)
 	}
+}
+
+// lockedBuffer is a log that a test reads while it is written.
+type lockedBuffer struct {
+	mu  sync.Mutex
+	buf strings.Builder
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+// take returns what was written since the last call.
+func (b *lockedBuffer) take() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	defer b.buf.Reset()
+	return b.buf.String()
 }
 
 // What is where. The database, without the token, must hold nothing from which a password

@@ -99,6 +99,9 @@ func (v *Vault) read(ctx context.Context, id AccountID) (*Account, time.Time, er
 		return nil, time.Time{}, err
 	}
 	snap, err := v.store.Account(ctx, id)
+	if errors.Is(err, ErrAccountFault) {
+		return nil, time.Time{}, v.accountFault(ctx, &Account{ID: id}, "the row does not decode")
+	}
 	if err != nil {
 		return nil, time.Time{}, storeFault("reading the account", err)
 	}
