@@ -13,9 +13,17 @@ import (
 	"github.com/backup-key-vault/bkv/pkcs11util/internal/module"
 )
 
-// InitToken makes a token with this label and PINs in a free slot of a module. If the token is there
-// already, only a missing user PIN is set, so that it may be repeated after a crash; created is false
-// if there was nothing to do. Both PINs stay as they are then, and are not tried.
+// ErrHalfMade: an initialisation of the token was cut short so early that the security
+// officer cannot log in, or the security officer's PIN is another one. The token has no user PIN,
+// so that no key of ours can be in it: delete it, and begin again.
+var ErrHalfMade = errors.New("the token has no user PIN and refuses the security officer's: delete it " +
+	"(SoftHSM: softhsm2-util --delete-token --token LABEL) and begin again")
+
+// InitToken makes a token with this label and PINs in a free slot of a module. A token of this
+// label that has a user PIN stays as it is, without a PIN being tried, and created is false. One
+// that has none is what an earlier run left that was cut short, and gets one. That may not be
+// possible: ErrHalfMade. (Of a hundred runs killed at random, one or two left a SoftHSM 2.6.1 token
+// like that. C_InitToken reports success on it, and does not mend it.)
 func InitToken(modulePath, label string, soPIN, pin PIN) (created bool, err error) {
 	if err := (Config{Module: modulePath, Label: label, PIN: pin}).check(); err != nil {
 		return false, err
@@ -37,8 +45,9 @@ func InitToken(modulePath, label string, soPIN, pin PIN) (created bool, err erro
 	defer m.Objects.Unlock()
 
 	slot, info, err := m.FindToken(label)
+	found := err == nil
 	switch {
-	case err == nil && info.Flags&pkcs11.CKF_USER_PIN_INITIALIZED != 0:
+	case found && info.Flags&pkcs11.CKF_USER_PIN_INITIALIZED != 0:
 		return false, nil
 	case errors.Is(err, module.ErrNoToken):
 		free, err := m.FreeSlot()
@@ -62,6 +71,9 @@ func InitToken(modulePath, label string, soPIN, pin PIN) (created bool, err erro
 	}
 	defer s.close() // the last session with the token, so that it logs the security officer out
 	if err := s.login(pkcs11.CKU_SO, soPIN); err != nil {
+		if found && refusedPIN(err) {
+			err = fmt.Errorf("token %q: %w: %w", label, ErrHalfMade, err)
+		}
 		return false, fmt.Errorf("as security officer: %w", err)
 	}
 	if err := m.Ctx.InitPIN(s.handle, string(pin)); err != nil {

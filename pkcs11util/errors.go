@@ -10,7 +10,8 @@ import (
 var (
 	// ErrUnavailable: the token is being recovered. The same call may be made again at any time.
 	ErrUnavailable = errors.New("the token is not available")
-	// ErrPINRefused: the token refused the PIN. It is not tried again; a repeated attempt could lock the token.
+	// ErrPINRefused: the token refused the PIN. It is not tried again; a repeated attempt could
+	// lock the token.
 	ErrPINRefused = errors.New("the token refused the PIN, which is not tried a second time")
 	// ErrClosed: the Keyset is closed.
 	ErrClosed = errors.New("the token's keys are closed")
@@ -37,12 +38,13 @@ func refusedPIN(err error) bool {
 	return false
 }
 
-// ckrAEADDecryptFailed is CKR_AEAD_DECRYPT_FAILED of PKCS #11 v3.0, which miekg/pkcs11 v1.1.2 does not know.
+// ckrAEADDecryptFailed is CKR_AEAD_DECRYPT_FAILED of PKCS #11 v3.0, which miekg/pkcs11 v1.1.2 does
+// not know.
 const ckrAEADDecryptFailed = 0x42
 
 // mayBeWrongTag says whether err, from C_Decrypt, may mean that the tag is wrong:
-// CKR_ENCRYPTED_DATA_INVALID by the specification, but CKR_GENERAL_ERROR in SoftHSM 2.6.1, and other modules
-// have others. None of them is proof; see Keyset.Open.
+// CKR_ENCRYPTED_DATA_INVALID by the specification, but CKR_GENERAL_ERROR in SoftHSM 2.6.1, and
+// other modules have others. None of them is proof; see Keyset.Open.
 func mayBeWrongTag(err error) bool {
 	var code pkcs11.Error
 	if !errors.As(err, &code) {

@@ -12,13 +12,15 @@ import (
 
 // Config says which token to use, and how.
 type Config struct {
-	// Module is the path of the PKCS#11 module, a shared library. It runs inside this process and is trusted with all of it.
+	// Module is the path of the PKCS#11 module, a shared library. It runs inside this process and
+	// is trusted with all of it.
 	Module string
 	// Label is the token's label, at most 32 bytes. Exactly one token must have it.
 	Label string
 	// PIN is the user's PIN. It is kept in memory, to log in again after a fault.
 	PIN PIN
-	// Sessions bounds the calls that are inside the token at one time. Default 4. SoftHSM is no faster with more; hardware may be.
+	// Sessions bounds the calls that are inside the token at one time. Default 4. SoftHSM is no
+	// faster with more; hardware may be.
 	Sessions int
 	// Logger hears of faults and recoveries. Default: nobody.
 	Logger *slog.Logger
@@ -99,8 +101,8 @@ func Open(ctx context.Context, cfg Config) (*Keyset, error) {
 	return k, nil
 }
 
-// Close waits for running calls, gives the sessions back, which logs the process out
-// unless it has other sessions with this token, and finalises the module if nobody else in the process uses it.
+// Close waits for running calls, gives the sessions back, which logs the process out unless it has
+// other sessions with this token, and finalises the module if nobody else in the process uses it.
 func (k *Keyset) Close() error {
 	k.mu.Lock()
 	if k.closed {
@@ -126,7 +128,8 @@ func (k *Keyset) Close() error {
 	return nil
 }
 
-// call runs f with a session of the present connection. ctx bounds the wait for the session; f is not interrupted.
+// call runs f with a session of the present connection. ctx bounds the wait for the session; f is
+// not interrupted.
 func (k *Keyset) call(ctx context.Context, f func(s session, c *connection) error) error {
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("calling the token: %w", err)
@@ -178,8 +181,8 @@ func (c *connection) key(purpose string, generation uint32) (*key, error) {
 	return k, nil
 }
 
-// Seal encrypts 1 to 8,192 bytes under the newest generation of purpose (Master or State). The result is bound to
-// purpose, id and associated data, and opens with the same of them only.
+// Seal encrypts 1 to 8,192 bytes under the newest generation of purpose (Master or State). The
+// result is bound to purpose, id and associated data, and opens with the same of them only.
 func (k *Keyset) Seal(ctx context.Context, purpose string, id [16]byte, plaintext, associated []byte) (sealed []byte, err error) {
 	err = k.call(ctx, func(s session, c *connection) error {
 		if !seals(purpose) {
@@ -236,9 +239,9 @@ func (k *Keyset) Open(ctx context.Context, purpose string, id [16]byte, sealed, 
 	return plaintext, authentic, err
 }
 
-// Multiply returns k·P, compressed, for the key k of purpose (OPRF or Server). Points that cannot be
-// multiplied this way are ErrInvalidPoint, before the token sees them: what is not the compressed encoding of a point, and −G.
-// The result was checked against the key's public half.
+// Multiply returns k·P, compressed, for the key k of purpose (OPRF or Server). Points that cannot
+// be multiplied this way are ErrInvalidPoint, before the token sees them: what is not the
+// compressed encoding of a point, and −G. The result was checked against the key's public half.
 func (k *Keyset) Multiply(ctx context.Context, purpose string, generation uint32, point [33]byte) (product [33]byte, err error) {
 	if purpose != OPRF && purpose != Server {
 		return product, fmt.Errorf("multiplying by %s: %w", purpose, ErrNoKey)
@@ -269,7 +272,8 @@ func (k *Keyset) Multiply(ctx context.Context, purpose string, generation uint32
 	return product, err
 }
 
-// PublicKey returns the compressed public half of an EC key, from memory. It answers while the token is away, too.
+// PublicKey returns the compressed public half of an EC key, from memory. It answers while the
+// token is away, too.
 func (k *Keyset) PublicKey(purpose string, generation uint32) ([33]byte, error) {
 	name := KeyName{purpose, generation}
 	k.mu.Lock()

@@ -33,8 +33,12 @@ func shifted(point [pointBytes]byte) (p, pPlusG []byte, err error) {
 
 // fullPoint finds k·P from x1 = x(k·P) and x2 = x(k·(P+G)), given Q = k·G: of the two
 // points ±R with the x-coordinate x1, exactly one satisfies x(R+Q) = x2, as
-// k·P + Q = k·(P+G). Both are looked at in constant time, and anything but exactly one match, a sum
-// that is the identity included, means that x1 and x2 were not computed with one k whose public key is Q.
+// k·P + Q = k·(P+G). Both are looked at in constant time. Anything but exactly one
+// match, a sum that is the identity included, means that x1 and x2 were not computed
+// with the k whose public key is Q.
+//
+// It cannot see that a token answered for other points under the right key: x1 and
+// x2 exchanged, for one, are right for −P−G in place of P.
 func fullPoint(x1, x2 [fieldBytes]byte, q *nistec.P256Point) ([pointBytes]byte, error) {
 	var even [pointBytes]byte // the candidate whose y is even
 	even[0] = 2

@@ -14,7 +14,8 @@ type PIN string
 
 const (
 	redacted = "[redacted]"
-	// maxPINBytes is far above what tokens accept (SoftHSM: 255); it keeps a wrong path from being read whole.
+	// maxPINBytes is far above what tokens accept (SoftHSM: 255); it keeps a wrong path from being
+	// read whole.
 	maxPINBytes = 1024
 )
 

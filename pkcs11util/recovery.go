@@ -10,14 +10,16 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
-// Pauses between attempts to recover: they double, from the first to the last, and each is shortened at random by up to half.
+// Pauses between attempts to recover: they double, from the first to the last, and each is
+// shortened at random by up to half.
 const (
 	firstPause = 100 * time.Millisecond
 	lastPause  = 5 * time.Second
 )
 
-// connection is what one login gave: handles that are valid until the session is
-// closed, the user logged out, or the module finalised. It is never changed, but for the sessions moving in and out of idle.
+// connection is what one login gave: handles that are valid until the session is closed, the user
+// logged out, or the module finalised. It is never changed, but for the sessions moving in and out
+// of idle.
 type connection struct {
 	incarnation uint64 // of the module, to which all handles belong
 	slot        uint
@@ -154,8 +156,8 @@ func (k *Keyset) mend(c *connection, s session, cause error) error {
 	return k.giveUp(c, cause)
 }
 
-// giveUp ends a connection, unless that has happened already, and starts the recovery. It returns an error that
-// is ErrUnavailable and wraps the cause.
+// giveUp ends a connection, unless that has happened already, and starts the recovery. It returns
+// an error that is ErrUnavailable and wraps the cause.
 func (k *Keyset) giveUp(c *connection, cause error) error {
 	cause = fmt.Errorf("%w: %w", ErrUnavailable, cause)
 	k.mu.Lock()

@@ -24,7 +24,8 @@ const (
 	ivBytes     = 12
 	tagBytes    = 16
 
-	// maxPlaintextBytes keeps one operation within what tokens take in one C_Encrypt; AWS CloudHSM 5 takes 16,224 bytes.
+	// maxPlaintextBytes keeps one operation within what tokens take in one C_Encrypt; AWS CloudHSM
+	// 5 takes 16,224 bytes.
 	maxPlaintextBytes = 8192
 	minSealedBytes    = headerBytes + ivBytes + 1 + tagBytes
 	maxSealedBytes    = headerBytes + ivBytes + maxPlaintextBytes + tagBytes

@@ -87,9 +87,9 @@ func (s session) attributes(h pkcs11.ObjectHandle, types ...uint) ([][]byte, err
 	return values, nil
 }
 
-// x is the x-coordinate of k·P, where P is given uncompressed: CKM_ECDH1_DERIVE
-// without a key derivation function (CKD_NULL), into a readable secret that is
-// destroyed at once. SoftHSM 2.6.1 keeps 400 to 650 bytes of each session object until C_Finalize all the same.
+// x is the x-coordinate of k·P, where P is given uncompressed: CKM_ECDH1_DERIVE without a key
+// derivation function (CKD_NULL), into a readable secret that is destroyed at once. SoftHSM 2.6.1
+// keeps 400 to 650 bytes of each session object until C_Finalize all the same.
 func (s session) x(k *key, uncompressed []byte) (x [fieldBytes]byte, err error) {
 	params := pkcs11.NewECDH1DeriveParams(pkcs11.CKD_NULL, nil, uncompressed)
 	secret, err := s.p.DeriveKey(s.handle, mechanism(pkcs11.CKM_ECDH1_DERIVE, params), k.handle, []*pkcs11.Attribute{
@@ -118,8 +118,8 @@ func (s session) x(k *key, uncompressed []byte) (x [fieldBytes]byte, err error) 
 	return [fieldBytes]byte(values[0]), nil
 }
 
-// encrypt is AES-GCM with a 128-bit tag. iv must hold 12 bytes and associated at least one: SoftHSM 2.6.1 takes a
-// missing IV for one of zeros, and some builds abort on empty associated data.
+// encrypt is AES-GCM with a 128-bit tag. iv must hold 12 bytes and associated at least one: SoftHSM
+// 2.6.1 takes a missing IV for one of zeros, and some builds abort on empty associated data.
 func (s session) encrypt(k *key, iv, plaintext, associated []byte) ([]byte, error) {
 	params := pkcs11.NewGCMParams(iv, associated, tagBytes*8)
 	defer params.Free()
@@ -136,8 +136,10 @@ func (s session) encrypt(k *key, iv, plaintext, associated []byte) ([]byte, erro
 	return ciphertext, nil
 }
 
-// decrypt undoes encrypt. refused is an error of C_Decrypt itself that a wrong tag may
-// have caused, or that the token may have made up; err is any other.
+// decrypt undoes encrypt. refused is an error of C_Decrypt itself that a wrong tag may have caused,
+// or that the token may have made up; err is any other. When C_Decrypt fails, miekg/pkcs11 v1.1.2
+// does not free its output buffer, which is as long as the ciphertext: some 280 bytes for each
+// forgery of that size, for as long as the process lives.
 func (s session) decrypt(k *key, iv, ciphertext, associated []byte) (plaintext []byte, refused, err error) {
 	params := pkcs11.NewGCMParams(iv, associated, tagBytes*8)
 	defer params.Free()

@@ -1,10 +1,10 @@
 // Package provision makes a token ready for the vault: the operator's path, run
 // before the service starts and never beside it.
 //
-// Keys are generated in the token by crypto11, under temporary labels; package
-// pkcs11util then proves each and gives it its name. The two do not overlap: crypto11 initialises the module,
-// which must not be in use in this process, and finalises it for everybody when it is closed.
-// It is a package of its own so that the service does not link crypto11.
+// Keys are generated in the token by crypto11, under temporary labels; package pkcs11util then
+// proves each and gives it its name. The two do not overlap: crypto11 initialises the module, which
+// must not be in use in this process, and finalises it for everybody when it is closed. It is a
+// package of its own so that the service does not link crypto11.
 //
 // What is trusted: the operator, with both PINs, and the token's generator. A run that was cut
 // short is repaired by the next.

@@ -149,6 +149,10 @@ func useShared(t testing.TB) Directory {
 		if sharedRefs--; sharedRefs > 0 {
 			return
 		}
+		// The next token would be looked for in the directory that is removed now.
+		if _, err := pkcs11.New(path).GetInfo(); err != pkcs11.Error(pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED) {
+			t.Error("a Keyset or Admin on a test token was left open by this or an earlier test")
+		}
 		if err := os.RemoveAll(shared.Path); err != nil {
 			t.Error(err)
 		}
@@ -168,8 +172,9 @@ type Token struct {
 // New makes a token, with keys generated in it, and opens it.
 func New(t testing.TB) *Token { return Import(t, nil) }
 
-// Import is New, but that the keys of some purposes (OPRF, Server, Relay, Identity, Audit) are given: private
-// scalars, big endian. It is for test vectors; keys that were outside a token are no use otherwise.
+// Import is New, but that the keys of some purposes (OPRF, Server, Relay, Identity, Audit) are
+// given: private scalars, big endian. It is for test vectors; keys that were outside a token are no
+// use otherwise.
 func Import(t testing.TB, scalars map[string][32]byte) *Token {
 	t.Helper()
 	tok := Empty(t)
@@ -332,6 +337,23 @@ func (tok *Token) inside(t testing.TB, f func(p *pkcs11.Ctx, slot uint) error) {
 	defer release()
 	tok.module.Objects.Lock()
 	defer tok.module.Objects.Unlock()
+	tok.inSlot(t, f)
+}
+
+// alone is inside, but that no call is in the module meanwhile: closing a session
+// that SoftHSM is using in another thread could crash the process.
+func (tok *Token) alone(t testing.TB, f func(p *pkcs11.Ctx, slot uint) error) {
+	t.Helper()
+	release, err := tok.module.Quiesce(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer release()
+	tok.inSlot(t, f)
+}
+
+func (tok *Token) inSlot(t testing.TB, f func(p *pkcs11.Ctx, slot uint) error) {
+	t.Helper()
 	slot, _, err := tok.module.FindToken(tok.Label)
 	if err != nil {
 		t.Fatal(err)
@@ -341,35 +363,78 @@ func (tok *Token) inside(t testing.TB, f func(p *pkcs11.Ctx, slot uint) error) {
 	}
 }
 
+// DestroyKey destroys a key and its public half.
+func (tok *Token) DestroyKey(t testing.TB, name pkcs11util.KeyName) {
+	t.Helper()
+	tok.Raw(t, func(p *pkcs11.Ctx, session pkcs11.SessionHandle) error {
+		if err := p.FindObjectsInit(session, labelled(nil, name.String())); err != nil {
+			return err
+		}
+		found, _, err := p.FindObjects(session, 10)
+		if err != nil {
+			return err
+		}
+		if err := p.FindObjectsFinal(session); err != nil {
+			return err
+		}
+		if len(found) == 0 {
+			t.Fatalf("there is no %s", name)
+		}
+		for _, h := range found {
+			if err := p.DestroyObject(session, h); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
 // CloseAllSessions ends this token's sessions behind the Keyset's back, which also logs it out.
 func (tok *Token) CloseAllSessions(t testing.TB) {
 	t.Helper()
-	tok.inside(t, func(p *pkcs11.Ctx, slot uint) error { return p.CloseAllSessions(slot) })
+	tok.alone(t, func(p *pkcs11.Ctx, slot uint) error { return p.CloseAllSessions(slot) })
 }
 
 // Logout logs this token's user out behind the Keyset's back.
 func (tok *Token) Logout(t testing.TB) {
 	t.Helper()
-	tok.Raw(t, func(p *pkcs11.Ctx, session pkcs11.SessionHandle) error { return p.Logout(session) })
+	tok.alone(t, func(p *pkcs11.Ctx, slot uint) error {
+		session, err := p.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = p.CloseSession(session) }() // logged out or not
+		return p.Logout(session)
+	})
 }
 
 // Finalize finalises the module behind everybody's back. It hits every token in the process: not for
 // tests that run in parallel.
 func (tok *Token) Finalize(t testing.TB) {
 	t.Helper()
-	tok.inside(t, func(p *pkcs11.Ctx, _ uint) error { return p.Finalize() })
+	tok.alone(t, func(p *pkcs11.Ctx, _ uint) error { return p.Finalize() })
 }
 
-// Vanish makes this token go away, until Return: its files are moved and its sessions
-// closed. The recovery of its Keyset finalises the module now and then meanwhile, which
+// Reinitialise finalises and initialises the module as the recovery of another token would. It
 // hits every token in the process: not for tests that run in parallel.
+func (tok *Token) Reinitialise(t testing.TB) {
+	t.Helper()
+	incarnation, err := tok.module.Incarnation(context.Background())
+	if err == nil {
+		err = tok.module.Reinitialise(context.Background(), incarnation)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Vanish makes this token go away, until Return: its files are moved. The recovery of its Keyset
+// finalises the module now and then meanwhile, which hits every token in the process: not for tests
+// that run in parallel.
 func (tok *Token) Vanish(t testing.TB) {
 	t.Helper()
-	tok.inside(t, func(p *pkcs11.Ctx, slot uint) error {
-		if err := os.Rename(tok.files(t, p, slot)); err != nil {
-			return err
-		}
-		return p.CloseAllSessions(slot)
+	tok.alone(t, func(p *pkcs11.Ctx, slot uint) error {
+		return os.Rename(tok.files(t, p, slot))
 	})
 }
 

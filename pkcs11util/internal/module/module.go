@@ -70,10 +70,10 @@ var (
 func Load(path string) (*Module, error) {
 	file, err := filepath.EvalSymlinks(path)
 	if err != nil {
-		return nil, fmt.Errorf("PKCS#11 module: %w", err)
+		return nil, fmt.Errorf("PKCS#11 module %s: %w", path, err)
 	}
 	if file, err = filepath.Abs(file); err != nil {
-		return nil, fmt.Errorf("PKCS#11 module: %w", err)
+		return nil, fmt.Errorf("PKCS#11 module %s: %w", path, err)
 	}
 
 	registryMu.Lock()
@@ -81,7 +81,7 @@ func Load(path string) (*Module, error) {
 	m := registry[file]
 	if m == nil {
 		if info, err := os.Stat(file); err != nil {
-			return nil, fmt.Errorf("PKCS#11 module: %w", err)
+			return nil, fmt.Errorf("PKCS#11 module %s: %w", path, err)
 		} else if !info.Mode().IsRegular() {
 			return nil, fmt.Errorf("PKCS#11 module %s is not a file", path)
 		}
@@ -110,12 +110,11 @@ func (m *Module) Unload() {
 	if m.refs--; m.refs > 0 {
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), quiesceTimeout)
-	defer cancel()
-	if m.gate.Acquire(ctx, wholeGate) != nil {
+	release, err := m.Quiesce(context.Background())
+	if err != nil {
 		return // a call hangs in the module, and finalising under it would crash the process
 	}
-	defer m.gate.Release(wholeGate)
+	defer release()
 	if m.initialised {
 		_ = m.Ctx.Finalize() // nobody uses it any more, and the next Load reports what is wrong
 	}
@@ -160,16 +159,25 @@ func (m *Module) Incarnation(ctx context.Context) (uint64, error) {
 	return m.incarnation, nil
 }
 
+// Quiesce keeps new calls out and waits, not for ever, until none is inside.
+func (m *Module) Quiesce(ctx context.Context) (release func(), err error) {
+	ctx, cancel := context.WithTimeout(ctx, quiesceTimeout)
+	defer cancel()
+	if err := m.gate.Acquire(ctx, wholeGate); err != nil {
+		return nil, fmt.Errorf("waiting for calls to leave the PKCS#11 module: %w", err)
+	}
+	return func() { m.gate.Release(wholeGate) }, nil
+}
+
 // Reinitialise waits for the calls inside to end, keeps others out, finalises the
 // module and initialises it again, unless somebody has done so since the given
 // incarnation. All sessions and handles of all users of the module are void then.
 func (m *Module) Reinitialise(ctx context.Context, incarnation uint64) error {
-	ctx, cancel := context.WithTimeout(ctx, quiesceTimeout)
-	defer cancel()
-	if err := m.gate.Acquire(ctx, wholeGate); err != nil {
-		return fmt.Errorf("waiting for calls to leave the PKCS#11 module: %w", err)
+	release, err := m.Quiesce(ctx)
+	if err != nil {
+		return err
 	}
-	defer m.gate.Release(wholeGate)
+	defer release()
 	if m.incarnation != incarnation {
 		return nil
 	}
@@ -179,7 +187,7 @@ func (m *Module) Reinitialise(ctx context.Context, incarnation uint64) error {
 		_ = m.Ctx.Finalize()
 	}
 	// Without options, miekg/pkcs11 passes CKF_OS_LOCKING_OK: the module locks by itself.
-	err := m.Ctx.Initialize()
+	err = m.Ctx.Initialize()
 	m.incarnation++
 	m.initialised = err == nil
 	if errors.Is(err, pkcs11.Error(pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED)) {
