@@ -482,3 +482,21 @@ func TestCancelledBefore(t *testing.T) {
 		t.Errorf("the session is gone: %v", err)
 	}
 }
+
+// A token that refuses a value and a good one as well is at fault, whatever the value is.
+func TestRefusingEverythingIsAFault(t *testing.T) {
+	tok := tokentest.New(t)
+	sealed, err := tok.Seal(ctx, pkcs11util.Master, id, []byte("content"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sealed[len(sealed)-1] ^= 1
+	if _, authentic, err := tok.Open(ctx, pkcs11util.Master, id, sealed, nil); authentic || err != nil {
+		t.Fatalf("a forgery: %v, %v", authentic, err)
+	}
+	tok.SpoilKnownAnswer(pkcs11util.KeyName{Purpose: pkcs11util.Master, Generation: 1})
+	_, authentic, err := tok.Open(ctx, pkcs11util.Master, id, sealed, nil)
+	if authentic || !errors.Is(err, pkcs11util.ErrUnavailable) {
+		t.Errorf("got %v, %v", authentic, err)
+	}
+}
