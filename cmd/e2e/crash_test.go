@@ -47,7 +47,7 @@ func (g *throng) insist(ctx context.Context, request func() error) error {
 		case err == nil, errors.As(err, &r) && r.status != 503:
 			return err
 		case ctx.Err() != nil:
-			return fmt.Errorf("no answer within %v: %w", patience, err)
+			return fmt.Errorf("no answer in time: %w", err)
 		}
 		time.Sleep(5 * time.Millisecond)
 	}

@@ -168,8 +168,7 @@ func query[T any](t testing.TB, db *storetest.Database, sql string, args ...any)
 	return v
 }
 
-// started counts the attempts that the database has for a user's live generation or
-// the tombstone of the one.
+// started is how many attempts the database has counted, over all of a user's generations.
 func (d *deployment) started(t testing.TB, user string) int64 {
 	t.Helper()
 	return query[int64](t, d.database, `SELECT coalesce(sum(started), 0)::bigint FROM generations WHERE tenant = $1 AND user_id = $2`, tenant, []byte(user))
