@@ -36,7 +36,8 @@ import (
 // Either way it fails if a secret or a crash shows in what vaultctl wrote.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
-		Dir: "testdata/script", UpdateScripts: *update, RequireUniqueNames: true, Setup: setupScript,
+		Dir: "testdata/script", WorkdirRoot: t.TempDir(), // which goes away even where only some scripts run
+		UpdateScripts: *update, RequireUniqueNames: true, Setup: setupScript,
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){"vaultctl": vaultctl},
 	})
 }
