@@ -286,14 +286,21 @@ func TestMACAndSignAndRandom(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		x, y := elliptic.UnmarshalCompressed(elliptic.P256(), public[:])
+		point, err := nistec.NewP256Point().SetBytes(public[:])
+		if err != nil {
+			t.Fatal(err)
+		}
+		key, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), point.Bytes())
+		if err != nil {
+			t.Fatal(err)
+		}
 		digest := sha256.Sum256([]byte(purpose))
 		signature, err := tok.Sign(ctx, purpose, 1, digest)
 		if err != nil {
 			t.Fatal(err)
 		}
 		r, s := new(big.Int).SetBytes(signature[:32]), new(big.Int).SetBytes(signature[32:])
-		if !ecdsa.Verify(&ecdsa.PublicKey{Curve: elliptic.P256(), X: x, Y: y}, digest[:], r, s) {
+		if !ecdsa.Verify(key, digest[:], r, s) {
 			t.Errorf("%s: the signature does not verify", purpose)
 		}
 	}
