@@ -223,8 +223,7 @@ func (a *Admin) Keys() (there, missing []KeyName, err error) {
 // Adopt checks and proves the key under a temporary label, and gives it its name. The
 // name must be free. The public half is renamed first: a key exists when its private half has the name.
 func (a *Admin) Adopt(temporaryLabel string, name KeyName) error {
-	kind, ok := kinds[name.Purpose]
-	if !ok || name.Generation == 0 {
+	if _, ok := kinds[name.Purpose]; !ok || name.Generation == 0 {
 		return fmt.Errorf("%s is no name for a key", name)
 	}
 	release, err := a.enter()
@@ -233,46 +232,51 @@ func (a *Admin) Adopt(temporaryLabel string, name KeyName) error {
 	}
 	defer release()
 
-	s := a.session
-	keys, err := s.findKeys(a.module)
+	keys, err := a.session.findKeys(a.module)
 	if err != nil {
 		return err
 	}
 	if keys[name] != nil {
 		return fmt.Errorf("key %s is there already", name)
 	}
-
 	a.module.Objects.Lock()
 	defer a.module.Objects.Unlock()
+	_, _, err = a.session.adopt(temporaryLabel, name)
+	return err
+}
+
+// adopt proves the key under a temporary label and names it. The caller holds
+// module.Objects and has seen that the name is free; the session may write.
+func (s session) adopt(temporaryLabel string, name KeyName) (*key, knownAnswer, error) {
+	kind := kinds[name.Purpose]
 	label := pkcs11.NewAttribute(pkcs11.CKA_LABEL, temporaryLabel)
 	found, err := s.find(pkcs11.NewAttribute(pkcs11.CKA_CLASS, kind.class), label)
 	if err != nil {
-		return err
+		return nil, knownAnswer{}, err
 	}
 	publics, err := s.find(pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), label)
 	if err != nil {
-		return err
+		return nil, knownAnswer{}, err
 	}
 	if len(found) != 1 {
-		return fmt.Errorf("key %s: %d keys are labelled %s", name, len(found), temporaryLabel)
+		return nil, knownAnswer{}, fmt.Errorf("key %s: %d keys are labelled %s", name, len(found), temporaryLabel)
 	}
 	k, err := s.inspect(name, kind.class, found[0], publics)
 	if err != nil {
-		return fmt.Errorf("key %s: %w", name, err)
+		return nil, knownAnswer{}, fmt.Errorf("key %s: %w", name, err)
 	}
-	if _, err := s.prove(k); err != nil {
-		return fmt.Errorf("proving %s: %w", name, err)
+	known, err := s.prove(k)
+	if err == nil && kind.keyType == pkcs11.CKK_AES {
+		err = s.proveGCM(k)
 	}
-	if kind.keyType == pkcs11.CKK_AES {
-		if err := s.proveGCM(k); err != nil {
-			return fmt.Errorf("proving %s: %w", name, err)
-		}
+	if err != nil {
+		return nil, knownAnswer{}, fmt.Errorf("proving %s: %w", name, err)
 	}
 	rename := []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_LABEL, name.String())}
 	for _, h := range append(publics, k.handle) {
 		if err := s.p.SetAttributeValue(s.handle, h, rename); err != nil {
-			return fmt.Errorf("C_SetAttributeValue: naming %s: %w", name, err)
+			return nil, knownAnswer{}, fmt.Errorf("C_SetAttributeValue: naming %s: %w", name, err)
 		}
 	}
-	return nil
+	return k, known, nil
 }

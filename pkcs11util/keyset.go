@@ -69,6 +69,7 @@ type Keyset struct {
 	// seen, and each purpose's newest generation. A connection that contradicts them is refused.
 	known  map[KeyName]knownAnswer
 	newest map[string]uint32
+	rotation
 }
 
 // Open loads the module, logs in to the token, and finds and proves its keys; every
@@ -90,7 +91,7 @@ func Open(ctx context.Context, cfg Config) (*Keyset, error) {
 	}
 	k := &Keyset{
 		config: cfg, module: m, log: cfg.Logger.With("token", cfg.Label),
-		known: map[KeyName]knownAnswer{}, newest: map[string]uint32{},
+		known: map[KeyName]knownAnswer{}, newest: map[string]uint32{}, rotation: newRotation(),
 	}
 	c, err := k.connect(ctx)
 	if err != nil {
@@ -181,8 +182,9 @@ func (c *connection) key(purpose string, generation uint32) (*key, error) {
 	return k, nil
 }
 
-// Seal encrypts 1 to 8,192 bytes under the newest generation of purpose (Master or State). The
-// result is bound to purpose, id and associated data, and opens with the same of them only.
+// Seal encrypts 1 to 8,192 bytes under the generation of purpose (Master or State) that is
+// in use. The result is bound to purpose, id and associated data, and opens with the same
+// of them only. A key that has sealed MaxSeals values is ErrWornOut.
 func (k *Keyset) Seal(ctx context.Context, purpose string, id [16]byte, plaintext, associated []byte) (sealed []byte, err error) {
 	err = k.call(ctx, func(s session, c *connection) error {
 		if !seals(purpose) {
@@ -190,6 +192,9 @@ func (k *Keyset) Seal(ctx context.Context, purpose string, id [16]byte, plaintex
 		}
 		key, err := c.key(purpose, c.newest[purpose])
 		if err != nil {
+			return err
+		}
+		if err := k.countSeal(key.name); err != nil {
 			return err
 		}
 		sealed, err = s.seal(key, id, plaintext, associated)
@@ -210,6 +215,9 @@ func (k *Keyset) Open(ctx context.Context, purpose string, id [16]byte, sealed, 
 		return nil, false, nil
 	}
 	name := KeyName{purpose, h.generation}
+	if err := k.seek(ctx, name); err != nil {
+		return nil, false, err
+	}
 	err = k.call(ctx, func(s session, c *connection) error {
 		key := c.keys[name]
 		if key == nil {
@@ -250,6 +258,9 @@ func (k *Keyset) Multiply(ctx context.Context, purpose string, generation uint32
 	if err != nil {
 		return product, err
 	}
+	if err := k.seek(ctx, KeyName{purpose, generation}); err != nil {
+		return product, err
+	}
 	err = k.call(ctx, func(s session, c *connection) error {
 		key, err := c.key(purpose, generation)
 		if err != nil {
@@ -287,6 +298,9 @@ func (k *Keyset) PublicKey(purpose string, generation uint32) ([33]byte, error) 
 
 // MAC is HMAC-SHA-256 under a generation of MAC.
 func (k *Keyset) MAC(ctx context.Context, generation uint32, message []byte) (mac [32]byte, err error) {
+	if err := k.seek(ctx, KeyName{MAC, generation}); err != nil {
+		return mac, err
+	}
 	err = k.call(ctx, func(s session, c *connection) error {
 		key, err := c.key(MAC, generation)
 		if err != nil {
@@ -315,7 +329,8 @@ func (k *Keyset) Sign(ctx context.Context, purpose string, generation uint32, di
 	return signature, err
 }
 
-// Newest is the highest generation of a purpose, from memory; 0 for what is no purpose.
+// Newest is the generation of a purpose that new work uses, from memory: what SetCurrent said
+// last, before that the highest that was found. It is 0 for what is no purpose.
 func (k *Keyset) Newest(purpose string) uint32 {
 	k.mu.Lock()
 	defer k.mu.Unlock()

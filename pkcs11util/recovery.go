@@ -65,6 +65,7 @@ func (k *Keyset) connect(ctx context.Context) (*connection, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.known, k.newest = c.known, c.newest
+	k.serial = info.SerialNumber
 	k.model = fmt.Sprintf("%s %s", info.ManufacturerID, info.Model)
 	return c, nil
 }
@@ -84,8 +85,8 @@ func (k *Keyset) fill(c *connection) error {
 	k.mu.Lock()
 	before, newest := k.known, k.newest
 	k.mu.Unlock()
+	c.newest = k.inUse(c.keys)
 	for name, key := range c.keys {
-		c.newest[name.Purpose] = max(c.newest[name.Purpose], name.Generation)
 		known, err := c.anchor.prove(key)
 		if err != nil {
 			return fmt.Errorf("proving %s: %w", name, err)
@@ -99,8 +100,8 @@ func (k *Keyset) fill(c *connection) error {
 		c.known[name] = known
 	}
 	for _, purpose := range Purposes() {
-		if c.newest[purpose] == 0 {
-			return fmt.Errorf("token %q: %s: %w", k.config.Label, KeyName{purpose, 1}, ErrNoKey)
+		if name := (KeyName{purpose, max(1, c.newest[purpose])}); c.keys[name] == nil {
+			return fmt.Errorf("token %q: %s: %w", k.config.Label, name, ErrNoKey)
 		}
 		if c.newest[purpose] < newest[purpose] {
 			return fmt.Errorf("token %q: %s, which was there before: %w", k.config.Label, KeyName{purpose, newest[purpose]}, ErrNoKey)
@@ -162,7 +163,7 @@ func (k *Keyset) giveUp(c *connection, cause error) error {
 	cause = fmt.Errorf("%w: %w", ErrUnavailable, cause)
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.connection != c {
+	if k.connection == nil || k.connection.gone != c.gone { // a copy of c with other keys is still c
 		return cause // somebody else met a fault first, or the Keyset was closed
 	}
 	k.log.Error("token lost", "error", cause)
