@@ -192,17 +192,19 @@ func TestServiceMayDoNothingElse(t *testing.T) {
 	}
 	defer conn.Close(t.Context())
 	var statements []string
-	for _, table := range []string{"accounts", "generations", "events", "tenants", "tenant_keys", "schema_version"} {
+	for _, table := range []string{"accounts", "generations", "events", "tenants", "tenant_keys", "key_generations", "token_proofs", "schema_version"} {
 		statements = append(statements, "DELETE FROM "+table, "TRUNCATE "+table, "DROP TABLE "+table,
 			"ALTER TABLE "+table+" ADD x integer")
 	}
 	for table, columns := range map[string]string{
-		"accounts":       "tenant user_id pseudonym created_at",
-		"generations":    "tenant user_id number generation_id follows created_at digest owner_key ksf_time ksf_memory_kib ksf_threads oprf_key server_key strategy",
-		"events":         "at kind tenant pseudonym generation_id attempt reason request_id",
-		"tenants":        "id max_attempts delays grace created_at",
-		"tenant_keys":    "tenant kid public_key created_at revoked_at",
-		"schema_version": "version_id is_applied",
+		"accounts":        "tenant user_id pseudonym created_at",
+		"generations":     "tenant user_id number generation_id follows created_at digest owner_key ksf_time ksf_memory_kib ksf_threads oprf_key server_key strategy",
+		"events":          "at kind tenant pseudonym generation_id attempt reason request_id",
+		"tenants":         "id max_attempts delays grace created_at",
+		"tenant_keys":     "tenant kid public_key created_at revoked_at",
+		"key_generations": "purpose generation created_at",
+		"token_proofs":    "token_serial purpose generation proved_at",
+		"schema_version":  "version_id is_applied",
 	} {
 		for column := range strings.FieldsSeq(columns) {
 			statements = append(statements, fmt.Sprintf("UPDATE %s SET %s = %[2]s", table, column))
@@ -210,6 +212,7 @@ func TestServiceMayDoNothingElse(t *testing.T) {
 	}
 	statements = append(statements,
 		"SELECT id FROM events",
+		"DO 'BEGIN LOCK TABLE accounts IN SHARE MODE; END'",
 		"INSERT INTO tenants SELECT * FROM tenants",
 		"INSERT INTO tenant_keys SELECT * FROM tenant_keys",
 		"INSERT INTO schema_version SELECT * FROM schema_version",

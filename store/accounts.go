@@ -158,18 +158,26 @@ stored AS (
 	INSERT INTO generations AS g (tenant, user_id,
 		number, generation_id, follows, state, reason, created_at, expires_at, digest, owner_key,
 		ksf_time, ksf_memory_kib, ksf_threads, sealed, oprf_key, server_key, strategy,
-		started, last_success, successes, attempts)
-	SELECT account.tenant, account.user_id, changed.* FROM account, changed
+		started, last_success, successes, attempts, destroyed_at)
+	SELECT account.tenant, account.user_id, changed.*, CASE WHEN changed.state = 'destroyed' THEN statement_timestamp() END
+	FROM account, changed
 	ON CONFLICT ON CONSTRAINT generations_pk DO UPDATE SET
 		state = excluded.state, reason = excluded.reason, expires_at = excluded.expires_at, sealed = excluded.sealed,
 		started = excluded.started, last_success = excluded.last_success, successes = excluded.successes,
-		attempts = excluded.attempts
+		attempts = excluded.attempts, destroyed_at = excluded.destroyed_at
 ), recorded AS (
 	INSERT INTO events (kind, tenant, pseudonym, generation_id, attempt, reason, request_id)
 	SELECT e.* FROM account, unnest(@event_kind::text[], @event_tenant::text[], @event_pseudonym::bytea[],
 		@event_generation::bytea[], @event_attempt::bigint[], @event_reason::text[], @event_request::text[]) AS e
 )
 SELECT count(*) FROM account`
+
+// noKeyCloses holds unless the row is to depend on a key that is about to be destroyed. A write whose
+// statement began before the key was marked is waited for before dependents are counted (see AwaitWrites).
+const noKeyCloses = `NOT EXISTS (
+		SELECT FROM unnest(@key_purpose::text[], @key_generation::bigint[]) AS new (purpose, generation)
+		JOIN key_generations AS k USING (purpose, generation) WHERE k.state IN ('closing', 'destroyed')
+	)`
 
 // createAccount writes a new account, if there is none and it keeps within its cap.
 var createAccount = numbered(`
@@ -179,6 +187,7 @@ WITH ` + changedRows + `, account AS (
 		@head::bytea, @next_number::bigint, @mac_key::bigint, @mac::bytea, @due::timestamptz
 	WHERE @max_attempts >= (SELECT coalesce(sum(started - last_success), 0) FROM changed WHERE state IN ('active', 'frozen'))
 	AND NOT EXISTS (SELECT FROM changed WHERE number >= @next_number)
+	AND ` + noKeyCloses + `
 	ON CONFLICT ON CONSTRAINT accounts_pk DO NOTHING
 	RETURNING tenant, user_id
 ), ` + storeRows)
@@ -195,7 +204,8 @@ WITH ` + changedRows + `, account AS (
 //   - the attempts used since the last success, summed over the live
 //     generations as they will be, do not exceed the cap;
 //   - the policy stays, unless just one live generation will be left, with no
-//     attempt used: else a looser one could give attempts back.
+//     attempt used: else a looser one could give attempts back;
+//   - nothing that it newly depends on is a key about to be destroyed.
 //
 // The generations and events are written only if that row is.
 //
@@ -241,11 +251,19 @@ WITH ` + changedRows + `, live AS MATERIALIZED (
 			g.oprf_key, g.server_key, g.strategy)
 		OR c.follows IS DISTINCT FROM g.follows
 	)
+	AND ` + noKeyCloses + `
 	RETURNING a.tenant, a.user_id
 ), ` + storeRows)
 
-// macOfAccount tells why nothing was written.
-const macOfAccount = `SELECT mac FROM accounts WHERE tenant = $1 AND user_id = $2`
+// whyNot tells why nothing was written: the account's MAC, and a key that is closing, null for none.
+const whyNot = `
+SELECT a.mac, k.purpose, k.generation
+FROM (VALUES (true)) AS always (here)
+LEFT JOIN accounts AS a ON a.tenant = $1 AND a.user_id = $2
+LEFT JOIN LATERAL (
+	SELECT purpose, generation FROM unnest($3::text[], $4::bigint[]) AS new (purpose, generation)
+	JOIN key_generations USING (purpose, generation) WHERE state IN ('closing', 'destroyed') LIMIT 1
+) AS k ON true`
 
 // Write implements vault.Store. It refuses, having written nothing, a change that would
 // not read back as it was written: times and delays finer than a microsecond.
@@ -274,17 +292,24 @@ func (s *Store) Write(ctx context.Context, change vault.Change) error {
 	case written == 1:
 		return nil
 	}
-	// Nothing was written. If the MAC is the one that was read, it was the law: the
-	// same MAC means that nothing was written since.
-	var mac []byte
+	// Nothing was written. A key that is closing never opens again. Else, if the MAC is
+	// the one that was read, it was the law: the same MAC means that nothing was written since.
+	var (
+		mac        []byte
+		purpose    *string
+		generation *uint32
+	)
 	err = s.with(ctx, "finding out why nothing was written", func(ctx context.Context, conn *pgx.Conn) error {
-		return conn.QueryRow(ctx, macOfAccount, change.Account.ID.Tenant, []byte(change.Account.ID.User)).Scan(&mac)
+		id := change.Account.ID
+		return conn.QueryRow(ctx, whyNot, id.Tenant, []byte(id.User), values["key_purpose"], values["key_generation"]).
+			Scan(&mac, &purpose, &generation)
 	})
-	absent := errors.Is(err, pgx.ErrNoRows)
 	switch {
-	case err != nil && !absent:
+	case err != nil:
 		return err
-	case change.Create && absent, !change.Create && bytes.Equal(mac, change.Previous[:]):
+	case purpose != nil:
+		return &vault.ClosingKey{Key: vault.Key{Purpose: *purpose, Generation: *generation}}
+	case change.Create && mac == nil, !change.Create && bytes.Equal(mac, change.Previous[:]):
 		return vault.ErrLaw
 	}
 	return vault.ErrStale
@@ -350,6 +375,12 @@ func writeArgs(change vault.Change) (map[string]any, error) {
 	args["oprf_key"], args["server_key"], args["strategy"] = oprfKey, serverKey, strategy
 	args["started"], args["last_success"], args["successes"], args["attempts"] = started, lastSuccess, successes, attempts
 
+	keyPurpose, keyGeneration := make([]string, len(change.Keys)), make([]int64, len(change.Keys))
+	for i, k := range change.Keys {
+		keyPurpose[i], keyGeneration[i] = k.Purpose, int64(k.Generation)
+	}
+	args["key_purpose"], args["key_generation"] = keyPurpose, keyGeneration
+
 	m := len(change.Events)
 	var (
 		kind, tenant          = make([]string, m), make([]string, m)
@@ -413,15 +444,17 @@ func (s *Store) Due(ctx context.Context, after vault.AccountID, limit int) ([]va
 		if err != nil {
 			return err
 		}
-		due, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (id vault.AccountID, err error) {
-			var user []byte
-			err = row.Scan(&id.Tenant, &user)
-			id.User = string(user)
-			return id, err
-		})
+		due, err = pgx.CollectRows(rows, scanID)
 		return err
 	})
 	return due, err
+}
+
+func scanID(row pgx.CollectableRow) (id vault.AccountID, err error) {
+	var user []byte
+	err = row.Scan(&id.Tenant, &user)
+	id.User = string(user)
+	return id, err
 }
 
 const generationTaken = `SELECT EXISTS (SELECT FROM generations WHERE tenant = $1 AND user_id = $2 AND generation_id = $3)`

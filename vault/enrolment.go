@@ -137,6 +137,7 @@ func (v *Vault) Stage(ctx context.Context, c Caller, s Staging) (*Generation, er
 			OPRFKey: state.oprfKey, ServerKey: state.serverKey, Strategy: StrategyDerive,
 		})
 		e.NextNumber++
+		e.keys = []Key{{purposeMaster, SealedUnder(sealed)}, {purposeOPRF, state.oprfKey}, {purposeServer, state.serverKey}}
 		staged = &e.Generations[len(e.Generations)-1]
 		e.note(staged, EventStaged, 0)
 		return nil

@@ -31,6 +31,12 @@ var (
 	ErrLaw   = errors.New("the write would break the guess law")
 )
 
+// ClosingKey is a store's answer to a write after which something new would depend on
+// a key that is about to be destroyed.
+type ClosingKey struct{ Key Key }
+
+func (e *ClosingKey) Error() string { return fmt.Sprintf("nothing new may depend on key %v", e.Key) }
+
 // InvalidRequest is input that is refused before anything is done.
 type InvalidRequest struct {
 	Field  string // as the wire names it

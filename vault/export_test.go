@@ -19,3 +19,6 @@ func (v *Vault) ExpectedKE3(ctx context.Context, id AccountID, state []byte) (op
 	}
 	return opaque.KE3(s.expect.ClientMAC), nil
 }
+
+// Tick is what Run does every few seconds.
+func (r *Rotation) Tick(ctx context.Context) error { return r.tick(ctx) }

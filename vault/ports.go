@@ -28,6 +28,8 @@ type Store interface {
 	// change while an attempt or a second live generation depends on it, or the
 	// attempts used by the live generations exceed the cap.
 	//
+	// It answers ClosingKey, having written nothing, if it knows of a key of Change.Keys that nothing new may depend on it.
+	//
 	// After any other error it is unknown whether the change was written; the
 	// domain reads again before it decides anything.
 	Write(ctx context.Context, change Change) error
@@ -39,6 +41,12 @@ type Store interface {
 	// Taken reports whether a generation of this id was ever stored for the
 	// account, tombstones included.
 	Taken(ctx context.Context, id AccountID, generation GenerationID) (bool, error)
+
+	// Under returns at most limit accounts, in the order of their ids and after the given
+	// one, that depend on a key: of the master key, those with a generation that is
+	// not destroyed and sealed under it (see SealedUnder); of the mac key, those whose
+	// MAC is made with it.
+	Under(ctx context.Context, key Key, after AccountID, limit int) ([]AccountID, error)
 }
 
 // Snapshot is an account as it was read, not yet verified.
@@ -58,14 +66,17 @@ type Change struct {
 	// included, by number; all of them are in Account.Generations too, except
 	// that tombstones other than the head are only here.
 	Changed []Generation
-	Events  []Event
+	// Keys are those that the row did not depend on before, or may not have.
+	Keys   []Key
+	Events []Event
 }
 
 // Token is what the domain asks of the PKCS#11 token. Implementations are safe
 // for concurrent use. An error means that the token could not answer (reported
 // as ErrTokenUnavailable); a repeated call is always safe.
 type Token interface {
-	// Seal encrypts under the newest generation of purpose ("master", "state").
+	// Seal encrypts under the generation of purpose ("master", "state") that is in
+	// use. What it makes begins with one byte of version and the generation in four, big endian.
 	Seal(ctx context.Context, purpose string, id [16]byte, plaintext, associated []byte) ([]byte, error)
 	// Open decrypts. authentic is false, without an error, for whatever Seal did
 	// not make with this purpose, id and associated data.
@@ -80,16 +91,20 @@ type Token interface {
 	Sign(ctx context.Context, purpose string, generation uint32, digest [32]byte) ([64]byte, error)
 	// Newest is the generation of purpose that new work uses.
 	Newest(purpose string) uint32
+	// Generations are those of purpose that the token holds, the lowest first.
+	Generations(purpose string) []uint32
 	// Random returns n bytes from the token's generator.
 	Random(ctx context.Context, n int) ([]byte, error)
 }
 
-// Purposes of the token's keys that the domain uses.
+// Purposes of the token's keys.
 const (
 	purposeMaster   = "master"
 	purposeState    = "state"
 	purposeOPRF     = "oprf"
 	purposeServer   = "server"
+	purposeRelay    = "relay"
 	purposeMAC      = "mac"
 	purposeIdentity = "identity"
+	purposeAudit    = "audit"
 )

@@ -1,6 +1,7 @@
 package vault
 
 import (
+	"bytes"
 	"context"
 	"crypto/hmac"
 	"encoding/binary"
@@ -115,15 +116,42 @@ func (v *Vault) sealSecrets(ctx context.Context, id AccountID, generation Genera
 	return sealed, nil
 }
 
+// SealedUnder is the generation of the key that sealed a value, 0 for what no token sealed.
+func SealedUnder(sealed []byte) uint32 {
+	if len(sealed) < 5 {
+		return 0
+	}
+	return binary.BigEndian.Uint32(sealed[1:])
+}
+
 // openSecrets opens a generation's secrets. The row's MAC has been verified, so
-// secrets that do not open are a fault of the token's keys or of the row.
+// secrets that do not open are a fault of the token's keys or of the row; unless they
+// were sealed anew meanwhile, under a newer master key, and the older one is gone.
 func (v *Vault) openSecrets(ctx context.Context, a *Account, g *Generation) (*secrets, error) {
+	s, err := v.tryOpenSecrets(ctx, a, g)
+	if s != nil || err != nil {
+		return s, err
+	}
+	now, _, err := v.read(ctx, a.ID)
+	if err != nil {
+		return nil, err
+	}
+	if fresh := now.Find(g.ID); fresh != nil && !bytes.Equal(fresh.Sealed, g.Sealed) {
+		if s, err := v.tryOpenSecrets(ctx, now, fresh); s != nil || err != nil {
+			return s, err
+		}
+	}
+	return nil, v.accountFault(ctx, a, "the sealed record does not open")
+}
+
+// tryOpenSecrets answers nil, without an error, if the secrets do not open.
+func (v *Vault) tryOpenSecrets(ctx context.Context, a *Account, g *Generation) (*secrets, error) {
 	plain, authentic, err := v.token.Open(ctx, purposeMaster, g.ID, g.Sealed, v.associated(labelRecord, a.ID))
 	if err != nil {
 		return nil, tokenFault("opening the record", err)
 	}
 	if !authentic || len(plain) != secretsSize {
-		return nil, v.accountFault(ctx, a, "the sealed record does not open")
+		return nil, nil
 	}
 	defer clear(plain)
 	s := &secrets{}

@@ -99,7 +99,7 @@ type Identity struct {
 const keyListLifetime = 7 * 24 * time.Hour
 
 // Identity makes and signs the list of the vault's keys: every generation of the
-// server key up to the newest. Its serial is the sum of the newest generations, so
+// server key that records may be served with, the one in use first. Its serial is the generation in use, so
 // that all instances agree on it and it grows with every new key.
 func (v *Vault) Identity(ctx context.Context, now time.Time) (*Identity, error) {
 	const identityGeneration = 1 // it has one, ever: clients pin it
@@ -116,7 +116,10 @@ func (v *Vault) Identity(ctx context.Context, now time.Time) (*Identity, error) 
 	}
 	newest := v.token.Newest(purposeServer)
 	id.Keys.Serial = uint64(newest)
-	for generation := newest; generation >= 1; generation-- {
+	for _, generation := range slices.Backward(v.token.Generations(purposeServer)) {
+		if generation > newest {
+			continue // made in advance
+		}
 		key, err := v.token.PublicKey(purposeServer, generation)
 		if err != nil {
 			return nil, tokenFault("reading the server key", err)

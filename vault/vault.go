@@ -135,8 +135,12 @@ type edit struct {
 	create  bool
 	caller  Caller
 	changed map[uint32]bool // numbers of generations that differ from what was read
+	rewrite bool            // write the row, for its MAC's sake, even if nothing differs
+	keys    []Key           // what is written depends on these, and what was read may not have
 	events  []Event
 }
+
+func (e *edit) dirty() bool { return e.rewrite || len(e.changed) > 0 }
 
 // note marks a generation as changed, with the event that says how.
 func (e *edit) note(g *Generation, kind EventKind, attempt uint32) {
@@ -183,7 +187,7 @@ func (v *Vault) change(ctx context.Context, c Caller, create bool, decide func(*
 				return nil, err
 			}
 			e.settle()
-			if len(e.changed) == 0 {
+			if !e.dirty() {
 				return e, nil
 			}
 			err := v.write(ctx, e)
@@ -205,21 +209,28 @@ func (v *Vault) change(ctx context.Context, c Caller, create bool, decide func(*
 // write makes the account's next MAC and writes what e changed.
 func (v *Vault) write(ctx context.Context, e *edit) error {
 	previous := e.MAC
-	e.MACKey = v.token.Newest(purposeMAC)
+	e.MACKey = max(e.MACKey, v.token.Newest(purposeMAC)) // another instance may know of a newer one first
 	mac, err := v.rowMAC(ctx, e.Account)
 	if err != nil {
 		return err
 	}
 	e.MAC = mac
 	change := Change{Previous: previous, Create: e.create, Account: *e.Account, Events: e.events}
+	change.Keys = append(e.keys, Key{purposeMAC, e.MACKey})
 	for _, g := range e.Generations {
 		if e.changed[g.Number] {
 			change.Changed = append(change.Changed, g)
 		}
 	}
+	var closing *ClosingKey
 	switch err := v.store.Write(ctx, change); {
 	case err == nil, errors.Is(err, ErrStale):
 		return err
+	case errors.As(err, &closing) && (closing.Key.Purpose == purposeOPRF || closing.Key.Purpose == purposeServer):
+		return &Conflict{Reason: "the vault's keys changed since this enrolment started; start it again"}
+	case errors.As(err, &closing):
+		// This instance has not noticed the rotation yet, and will within seconds.
+		return tokenFault("writing the account", err)
 	default:
 		return storeFault("writing the account", err)
 	}

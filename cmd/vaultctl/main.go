@@ -34,6 +34,7 @@ type command struct {
 	Identity identityCommand `cmd:"" help:"Print the fingerprint that clients pin."`
 	Migrate  migrateCommand  `cmd:"" help:"Bring the database to this version's schema, as the role that owns it."`
 	Tenant   tenantCommand   `cmd:"" help:"Add and list tenants (apps) and the keys that verify their tokens."`
+	Key      keyCommand      `cmd:"" help:"Look at the token's keys, rotate and destroy them, through a running vaultd."`
 	Dev      devCommand      `cmd:"" help:"For development: make a tenant's key pair and mint tokens with it."`
 }
 

@@ -85,12 +85,21 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	rotation, err := vault.NewRotation(vault.RotationConfig{
+		Store: db, Token: keys, Vault: v, Log: log, StateEvery: c.StateKey, RewrapsPerSecond: c.Rewraps,
+	})
+	if err != nil {
+		return err
+	}
+	if err := rotation.Start(ctx); err != nil {
+		return fmt.Errorf("comparing the token's keys with the database: %w", err)
+	}
 	identity, err := v.Identity(ctx, time.Now())
 	if err != nil {
 		return err
 	}
 	warn(log, keys)
-	return serve(ctx, &c, log, v, keys, db, identity)
+	return serve(ctx, &c, log, v, rotation, keys, db, identity)
 }
 
 // warn says at every start what this deployment does not protect against.
@@ -101,7 +110,7 @@ func warn(log *slog.Logger, keys *pkcs11util.Keyset) {
 	log.Warn("no witness keeps a second record of the attempts: whoever can replay old rows of the database has unlimited guesses")
 }
 
-func serve(ctx context.Context, c *config, log *slog.Logger, v *vault.Vault, keys *pkcs11util.Keyset, db *store.Store, identity *vault.Identity) error {
+func serve(ctx context.Context, c *config, log *slog.Logger, v *vault.Vault, rotation *vault.Rotation, keys *pkcs11util.Keyset, db *store.Store, identity *vault.Identity) error {
 	public, err := httpapi.New(httpapi.Config{
 		Vault: v, VaultID: c.VaultID, Tenants: db, Log: log,
 		Limits: httpapi.Limits{
@@ -114,7 +123,7 @@ func serve(ctx context.Context, c *config, log *slog.Logger, v *vault.Vault, key
 	}
 	stopping, notReady := context.WithCancel(context.Background())
 	defer notReady()
-	admin, err := httpapi.NewAdmin(log,
+	health, err := httpapi.NewAdmin(log,
 		httpapi.Check{Name: "serving", Run: func(context.Context) error { return stopping.Err() }},
 		httpapi.Check{Name: "token", Run: keys.Check},
 		httpapi.Check{Name: "store", Run: db.Ping},
@@ -122,6 +131,10 @@ func serve(ctx context.Context, c *config, log *slog.Logger, v *vault.Vault, key
 	if err != nil {
 		return err
 	}
+
+	admin := http.NewServeMux()
+	admin.Handle("/", health)
+	admin.Handle("/keys/", httpapi.NewKeyAdmin(log, rotation))
 
 	publicListener, err := net.Listen("tcp", c.Listen)
 	if err != nil {
@@ -140,8 +153,12 @@ func serve(ctx context.Context, c *config, log *slog.Logger, v *vault.Vault, key
 		go func() { failed <- servers[i].Serve(listener) }()
 	}
 	sweepCtx, stopSweeping := context.WithCancel(ctx)
+	// Rotation ends after the last request, to report its seals.
+	rotationCtx, stopRotation := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopRotation()
 	var sweeper sync.WaitGroup
 	sweeper.Go(func() { sweep(sweepCtx, v, c.Sweep, log) })
+	sweeper.Go(func() { rotation.Run(rotationCtx) })
 	log.Info("serving", "vault_id", c.VaultID, "fingerprint", identity.Fingerprint.String(),
 		"listen", publicListener.Addr().String(), "admin_listen", adminListener.Addr().String())
 
@@ -160,6 +177,7 @@ func serve(ctx context.Context, c *config, log *slog.Logger, v *vault.Vault, key
 		}
 	}
 	stopSweeping()
+	stopRotation()
 	sweeper.Wait()
 	if err == nil {
 		log.Info("stopped")

@@ -160,6 +160,27 @@ func (m *MemoryStore) Due(ctx context.Context, after vault.AccountID, limit int)
 	return due, nil
 }
 
+// Under implements vault.Store.
+func (m *MemoryStore) Under(ctx context.Context, key vault.Key, after vault.AccountID, limit int) ([]vault.AccountID, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var under []vault.AccountID
+	for _, id := range slices.SortedFunc(maps.Keys(m.accounts), compareIDs) {
+		row := m.accounts[id]
+		depends := key.Purpose == "mac" && row.account.MACKey == key.Generation ||
+			key.Purpose == "master" && slices.ContainsFunc(row.all, func(g vault.Generation) bool {
+				return g.State != vault.Destroyed && vault.SealedUnder(g.Sealed) == key.Generation
+			})
+		if depends && compareIDs(id, after) > 0 && len(under) < limit {
+			under = append(under, id)
+		}
+	}
+	return under, nil
+}
+
 func compareIDs(a, b vault.AccountID) int {
 	return cmp.Or(strings.Compare(a.Tenant, b.Tenant), strings.Compare(a.User, b.User))
 }

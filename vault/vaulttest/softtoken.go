@@ -9,23 +9,26 @@ import (
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/binary"
 	"fmt"
 	"sync"
 
 	"github.com/backup-key-vault/bkv/opaque"
 	"github.com/backup-key-vault/bkv/transcript"
+	"github.com/backup-key-vault/bkv/vault"
 )
 
-// SoftToken is vault.Token in software, with one generation of each key: for tests
-// that need thousands of runs or faults at chosen calls. It counts what a real token
+// SoftToken is vault.Token in software, for tests that need thousands of runs or
+// faults at chosen calls. The master key can rotate; the others have one generation. It counts what a real token
 // could be asked to reveal: the distinct points that it multiplied by the OPRF key.
 type SoftToken struct {
-	aead     map[string]cipher.AEAD
+	state    cipher.AEAD
 	scalars  map[string]opaque.Scalar
 	mac      [32]byte
 	identity *ecdsa.PrivateKey
 
 	mu        sync.Mutex
+	master    []cipher.AEAD // by generation − 1; nil: destroyed
 	evaluated map[[33]byte]int
 	fail      func(operation string) error
 }
@@ -33,16 +36,8 @@ type SoftToken struct {
 // NewSoftToken makes a token with fresh keys.
 func NewSoftToken() *SoftToken {
 	t := &SoftToken{
-		aead: map[string]cipher.AEAD{}, scalars: map[string]opaque.Scalar{},
-		evaluated: map[[33]byte]int{},
-	}
-	for _, purpose := range []string{"master", "state"} {
-		var key [32]byte
-		rand.Read(key[:])
-		block, err := aes.NewCipher(key[:])
-		must(err)
-		t.aead[purpose], err = cipher.NewGCMWithRandomNonce(block)
-		must(err)
+		scalars: map[string]opaque.Scalar{}, evaluated: map[[33]byte]int{},
+		state: newAEAD(), master: []cipher.AEAD{newAEAD()},
 	}
 	for _, purpose := range []string{"oprf", "server"} {
 		scalar, err := opaque.RandomScalar(rand.Reader)
@@ -54,6 +49,43 @@ func NewSoftToken() *SoftToken {
 	t.identity, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(err)
 	return t
+}
+
+func newAEAD() cipher.AEAD {
+	var key [32]byte
+	rand.Read(key[:])
+	block, err := aes.NewCipher(key[:])
+	must(err)
+	aead, err := cipher.NewGCMWithRandomNonce(block)
+	must(err)
+	return aead
+}
+
+// RotateMaster makes a new master key and uses it from now on. DestroyMasters
+// destroys all older ones.
+func (t *SoftToken) RotateMaster() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.master = append(t.master, newAEAD())
+}
+
+// DestroyMasters destroys all master keys but the one in use.
+func (t *SoftToken) DestroyMasters() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	clear(t.master[:len(t.master)-1])
+}
+
+func (t *SoftToken) aead(purpose string, generation uint32) cipher.AEAD {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	switch {
+	case purpose == "state" && generation == 1:
+		return t.state
+	case purpose == "master" && generation >= 1 && int(generation) <= len(t.master):
+		return t.master[generation-1]
+	}
+	return nil
 }
 
 func must(err error) {
@@ -100,7 +132,9 @@ func (t *SoftToken) Seal(ctx context.Context, purpose string, id [16]byte, plain
 	if err := t.begin(ctx, "seal"); err != nil {
 		return nil, err
 	}
-	return t.aead[purpose].Seal(nil, nil, plaintext, softAssociated(purpose, id, associated)), nil
+	generation := t.Newest(purpose)
+	header := binary.BigEndian.AppendUint32([]byte{1}, generation)
+	return t.aead(purpose, generation).Seal(header, nil, plaintext, softAssociated(purpose, id, associated)), nil
 }
 
 // Open implements vault.Token.
@@ -108,7 +142,11 @@ func (t *SoftToken) Open(ctx context.Context, purpose string, id [16]byte, seale
 	if err := t.begin(ctx, "open"); err != nil {
 		return nil, false, err
 	}
-	plain, err := t.aead[purpose].Open(nil, nil, sealed, softAssociated(purpose, id, associated))
+	aead := t.aead(purpose, vault.SealedUnder(sealed))
+	if aead == nil || sealed[0] != 1 {
+		return nil, false, nil
+	}
+	plain, err := aead.Open(nil, nil, sealed[5:], softAssociated(purpose, id, associated))
 	return plain, err == nil, nil
 }
 
@@ -169,7 +207,24 @@ func (t *SoftToken) Sign(ctx context.Context, _ string, _ uint32, digest [32]byt
 }
 
 // Newest implements vault.Token.
-func (t *SoftToken) Newest(string) uint32 { return 1 }
+func (t *SoftToken) Newest(purpose string) uint32 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if purpose == "master" {
+		return uint32(len(t.master))
+	}
+	return 1
+}
+
+// Generations implements vault.Token.
+func (t *SoftToken) Generations(purpose string) (held []uint32) {
+	for generation := range t.Newest(purpose) {
+		if purpose != "master" || t.aead(purpose, generation+1) != nil {
+			held = append(held, generation+1)
+		}
+	}
+	return held
+}
 
 // Random implements vault.Token.
 func (t *SoftToken) Random(ctx context.Context, n int) ([]byte, error) {

@@ -3,6 +3,7 @@ package vaulttest
 import (
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"reflect"
@@ -46,6 +47,7 @@ func StoreContract(t *testing.T, open func(t *testing.T) vault.Store) {
 		{"counting under a race loses nothing", testCountingRace},
 		{"due accounts are paged in the order of their ids", testDue},
 		{"user ids are bytes", testUserIDs},
+		{"what is under a key is paged in the order of the ids", testUnder},
 		{"what a caller keeps is not the store's", testNoAliasing},
 		{"what cannot be exact is refused", testExact},
 		{"a context that is over", testContext},
@@ -799,4 +801,60 @@ func testContext(t *testing.T, c *contract) {
 	if c.read(t, ann).Exists {
 		t.Fatal("the account was created")
 	}
+}
+
+// sealedUnder is a made-up sealed value of a key's generation.
+func sealedUnder(generation uint32) []byte {
+	return append(binary.BigEndian.AppendUint32([]byte{1}, generation), make([]byte, 60)...)
+}
+
+func testUnder(t *testing.T, c *contract) {
+	now := c.read(t, vault.AccountID{Tenant: "alpha", User: "nobody"}).Now
+	under := func(purpose string, generation uint32, want ...vault.AccountID) {
+		t.Helper()
+		var got []vault.AccountID
+		for after := (vault.AccountID{}); ; after = got[len(got)-1] {
+			page, err := c.Under(t.Context(), vault.Key{Purpose: purpose, Generation: generation}, after, 2)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got = append(got, page...); len(page) < 2 {
+				break
+			}
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("under %s/%d: %v, want %v", purpose, generation, got, want)
+		}
+	}
+	var ids []vault.AccountID
+	for i, user := range []string{"a", "b", "c"} {
+		for _, tenant := range Tenants {
+			id := vault.AccountID{Tenant: tenant, User: user}
+			ids = append(ids, id)
+			active, frozen := newGeneration(1, vault.Active, now), newGeneration(2, vault.Frozen, now)
+			active.Sealed, frozen.Sealed = sealedUnder(uint32(1+i)), sealedUnder(1<<32-1)
+			a := account(id, active, frozen)
+			a.MACKey = uint32(10 + i)
+			c.write(t, create(a))
+		}
+	}
+	slices.SortFunc(ids, func(a, b vault.AccountID) int { return strings.Compare(a.Tenant+" "+a.User, b.Tenant+" "+b.User) })
+	under("master", 1, ids[0], ids[3])
+	under("master", 2, ids[1], ids[4])
+	under("master", 4)
+	under("master", 1<<32-1, ids...)
+	under("mac", 12, ids[2], ids[5])
+	under("mac", 1)
+	// Sealed anew, and destroyed: neither is under the key any more.
+	for i, edit := range []func(g *vault.Generation){
+		func(g *vault.Generation) { g.Sealed = sealedUnder(3) },
+		func(g *vault.Generation) { *g = destroyed(*g, vault.TurnedOff) },
+	} {
+		snap := c.read(t, ids[3*i])
+		g := snap.Account.Generations[0]
+		edit(&g)
+		c.write(t, update(snap.Account, g))
+	}
+	under("master", 1)
+	under("master", 3, ids[0], ids[2], ids[5])
 }

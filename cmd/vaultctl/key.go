@@ -1,0 +1,219 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/backup-key-vault/bkv/api"
+)
+
+type keyCommand struct {
+	Status  keyStatusCommand  `cmd:"" help:"Show all keys: age, seals, the records that need them, and what is to be done."`
+	Rotate  keyRotateCommand  `cmd:"" help:"Use the next generation of a key from now on. vaultd makes it, as nobody else may write to a token that is in use."`
+	Destroy keyDestroyCommand `cmd:"" help:"Destroy a generation of a key that nothing needs any more, in the token of the vaultd that is asked. It cannot be undone: dumps and backups of records that it sealed are worthless from then on."`
+}
+
+// adminListener is a running vaultd, as operators reach it.
+type adminListener struct {
+	AdminURL string `name:"admin-url" default:"http://127.0.0.1:8421" env:"BKV_ADMIN_URL" placeholder:"URL" help:"vaultd's admin listener."`
+}
+
+// adminTimeout bounds one request: counting what depends on a key reads an index, and a token may take a while to make a key.
+const adminTimeout = time.Minute
+
+// ask sends a request and reads its answer into out. What vaultd refuses is the error.
+func (a *adminListener) ask(ctx context.Context, method string, out any, path ...string) error {
+	for i := range path {
+		path[i] = url.PathEscape(path[i])
+	}
+	target, err := url.JoinPath(a.AdminURL, append([]string{"keys/"}, path...)...)
+	if err != nil {
+		return fmt.Errorf("--admin-url: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
+	defer cancel()
+	request, err := http.NewRequestWithContext(ctx, method, target, nil)
+	if err != nil {
+		return fmt.Errorf("--admin-url: %w", err)
+	}
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return fmt.Errorf("asking vaultd, which must be running (see --admin-url): %w", err)
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(response.Body, 1<<20))
+	if err != nil {
+		return fmt.Errorf("reading vaultd's answer: %w", err)
+	}
+	if response.StatusCode != http.StatusOK {
+		var refusal struct {
+			Error string `json:"error"`
+		}
+		if json.Unmarshal(body, &refusal) == nil && refusal.Error != "" {
+			return errors.New(refusal.Error)
+		}
+		return fmt.Errorf("%s answers %s: is that vaultd's admin listener?", target, response.Status)
+	}
+	if err := json.Unmarshal(body, out); err != nil {
+		return fmt.Errorf("reading vaultd's answer: %w", err)
+	}
+	return nil
+}
+
+func (a *adminListener) status(ctx context.Context) (*api.KeyStatus, error) {
+	var status api.KeyStatus
+	return &status, a.ask(ctx, http.MethodGet, &status)
+}
+
+type keyStatusCommand struct {
+	adminListener
+	JSON bool `help:"Print JSON."`
+}
+
+func (c *keyStatusCommand) Run(e *environment) error {
+	status, err := c.status(e.ctx)
+	if err != nil {
+		return err
+	}
+	if c.JSON {
+		encoder := json.NewEncoder(e.stdout)
+		encoder.SetIndent("", "  ")
+		return encoder.Encode(status)
+	}
+	return showKeys(e.stdout, status)
+}
+
+func showKeys(out io.Writer, s *api.KeyStatus) error {
+	w := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(w, "KEY\tSTATE\tAGE\tIN USE FOR\tSEALS\tRECORDS\tTOKENS")
+	for _, k := range s.Keys {
+		age, used := since(s.Now, k.CreatedAt), "-"
+		if k.CurrentSince != nil {
+			until := s.Now
+			if k.RetiredAt != nil {
+				until = *k.RetiredAt
+			}
+			used = since(until, *k.CurrentSince)
+		}
+		fmt.Fprintf(w, "%s/%d\t%s\t%s\t%s\t%d\t%d\t%s\n", k.Purpose, k.Generation, k.State, age, used, k.Seals, k.Records, strings.Join(k.Tokens, ","))
+	}
+	switch {
+	case s.RewrapLeft == 0:
+		fmt.Fprintln(w, "\nall records are under the keys in use")
+	case s.Rewrapping:
+		fmt.Fprintf(w, "\n%d records are under older keys and are being moved\n", s.RewrapLeft)
+	default:
+		fmt.Fprintf(w, "\n%d records are under older keys and wait to be moved\n", s.RewrapLeft)
+	}
+	if s.OldestUncovered == nil {
+		fmt.Fprintln(w, "every destroyed record is gone from all dumps: the master keys that sealed it are destroyed")
+	} else {
+		fmt.Fprintf(w, "records destroyed since %s can still be opened from older dumps: rotate master and destroy the old key\n",
+			s.OldestUncovered.UTC().Format(time.RFC3339))
+	}
+	for _, warning := range s.Warnings {
+		fmt.Fprintf(w, "WARNING: %s\n", warning)
+	}
+	return w.Flush()
+}
+
+// since is a duration as people say it.
+func since(now, then time.Time) string {
+	d := max(0, now.Sub(then))
+	if d >= 48*time.Hour {
+		return fmt.Sprintf("%dd", int(d.Hours()/24))
+	}
+	return d.Round(time.Second).String()
+}
+
+type keyRotateCommand struct {
+	adminListener
+	Purpose    string        `arg:"" help:"master, state, oprf, server, relay, mac or audit."`
+	DestroyOld bool          `help:"Wait until no record needs the older generations, and destroy them. It can be interrupted; the same command without rotating again is vaultctl key destroy."`
+	Poll       time.Duration `default:"2s" help:"How often to look, while waiting."`
+}
+
+func (c *keyRotateCommand) Run(e *environment) error {
+	if c.Poll < 10*time.Millisecond || c.Poll > time.Minute {
+		return fmt.Errorf("--poll: want 10ms to 1m, got %v", c.Poll)
+	}
+	var key api.RotatedKey
+	if err := c.ask(e.ctx, http.MethodPost, &key, c.Purpose, "rotate"); err != nil {
+		return err
+	}
+	if err := e.printf("%s/%d is in use\n", key.Purpose, key.Generation); err != nil || !c.DestroyOld {
+		return err
+	}
+	status, err := c.awaitRewrap(e, key)
+	if err != nil {
+		return err
+	}
+	for _, k := range status.Keys {
+		if k.Purpose == key.Purpose && k.Generation < key.Generation && (k.State == "retired" || k.State == "closing") {
+			if err := destroyKey(e, &c.adminListener, k.Purpose, k.Generation); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// awaitRewrap waits until no record needs an older generation than key.
+func (c *keyRotateCommand) awaitRewrap(e *environment, key api.RotatedKey) (*api.KeyStatus, error) {
+	last := int64(-1)
+	for {
+		status, err := c.status(e.ctx)
+		if err != nil {
+			return nil, err
+		}
+		left := int64(0)
+		for _, k := range status.Keys {
+			if k.Purpose == key.Purpose && k.Generation < key.Generation && k.State != "destroyed" {
+				left += k.Records
+			}
+		}
+		if left == 0 || key.Purpose != "master" && key.Purpose != "mac" {
+			return status, nil // what is not moved is for the destruction to refuse
+		}
+		if left != last {
+			if err := e.printf("%d records left to move\n", left); err != nil {
+				return nil, err
+			}
+			last = left
+		}
+		select {
+		case <-e.ctx.Done():
+			return nil, fmt.Errorf("stopped waiting; vaultd goes on moving records: run vaultctl key destroy later: %w", context.Cause(e.ctx))
+		case <-time.After(c.Poll):
+		}
+	}
+}
+
+type keyDestroyCommand struct {
+	adminListener
+	Purpose    string `arg:"" help:"The key's purpose."`
+	Generation int    `arg:"" help:"The generation to destroy."`
+}
+
+func (c *keyDestroyCommand) Run(e *environment) error {
+	if c.Generation < 1 || int64(c.Generation) > 1<<32-1 {
+		return fmt.Errorf("generation: want a number from 1 on, got %d", c.Generation)
+	}
+	return destroyKey(e, &c.adminListener, c.Purpose, uint32(c.Generation))
+}
+
+func destroyKey(e *environment, vaultd *adminListener, purpose string, generation uint32) error {
+	var key api.RotatedKey
+	if err := vaultd.ask(e.ctx, http.MethodPost, &key, purpose, fmt.Sprint(generation), "destroy"); err != nil {
+		return err
+	}
+	return e.printf("%s/%d is destroyed in this vaultd's token\n", key.Purpose, key.Generation)
+}
