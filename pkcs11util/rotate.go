@@ -103,7 +103,8 @@ func (k *Keyset) SetCurrent(purpose string, generation uint32, sealsElsewhere ui
 	return nil
 }
 
-// inUse is the generation of each purpose that new work uses if keys are there; it takes the forgotten ones away.
+// inUse is the generation of each purpose that new work uses if keys are there: the chosen one. If that is
+// gone and a higher one is there, others have rotated, and it is the highest. The forgotten ones it takes away.
 func (k *Keyset) inUse(keys map[KeyName]*key) map[string]uint32 {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -115,7 +116,11 @@ func (k *Keyset) inUse(keys map[KeyName]*key) map[string]uint32 {
 		}
 		newest[name.Purpose] = max(newest[name.Purpose], name.Generation)
 	}
-	maps.Copy(newest, k.current)
+	for purpose, current := range k.current {
+		if keys[KeyName{purpose, current}] != nil || newest[purpose] < current {
+			newest[purpose] = current
+		}
+	}
 	return newest
 }
 
@@ -194,7 +199,7 @@ func (k *Keyset) seek(ctx context.Context, name KeyName) error {
 
 // Look finds the token's keys anew, and proves those that were not known. It is how
 // a Keyset learns of keys that another process made or destroyed. If a key that is in use
-// is gone, that is an error and nothing changes.
+// is gone and there is no higher generation, that is ErrNoKey and nothing changes.
 func (k *Keyset) Look(ctx context.Context) error {
 	k.changes.Lock()
 	defer k.changes.Unlock()

@@ -364,7 +364,9 @@ func kind(err error) string {
 
 func (s *schedule) step() {
 	s.m.settle(s.world.clock.Now())
-	switch n := s.rng.IntN(20); {
+	switch n := s.rng.IntN(21); {
+	case n == 20:
+		s.rotate()
 	case n < 2 || len(s.prepared) == 0:
 		s.prepare()
 	case n < 4:
@@ -391,6 +393,21 @@ func (s *schedule) step() {
 	}
 	s.m.settle(s.world.clock.Now())
 	s.compare()
+}
+
+// rotate takes a new master key into use, rewraps, at first with a fault, and destroys the
+// older keys. The model knows nothing of it: nobody is to notice.
+func (s *schedule) rotate() {
+	s.world.token.RotateMaster()
+	pace := func(context.Context) error { return nil }
+	s.faults.armed = pick(s, []string{"before", "after", ""})
+	_, failed, err := s.world.Vault.Rewrap(s.t.Context(), pace)
+	s.faults.armed, s.faults.written, s.faults.tried = "", false, false
+	s.logf("rewrap: %d failed, %v", failed, err)
+	if _, failed, err := s.world.Vault.Rewrap(s.t.Context(), pace); failed != 0 || err != nil {
+		s.t.Errorf("rewrap: %d failed, %v", failed, err)
+	}
+	s.world.token.DestroyMasters()
 }
 
 func (s *schedule) prepare() {
