@@ -37,3 +37,8 @@ type RotatedKey struct {
 	Purpose    string `json:"purpose"`
 	Generation uint32 `json:"generation"`
 }
+
+// ForgottenToken answers POST /keys/tokens/{serial}/forget.
+type ForgottenToken struct {
+	Token string `json:"token"`
+}

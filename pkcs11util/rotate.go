@@ -48,7 +48,8 @@ type rotation struct {
 	serial    string
 	current   map[string]uint32 // as SetCurrent said
 	forgotten map[KeyName]bool
-	looked    time.Time // when a caller's unknown key last made the Keyset look
+	looked    time.Time     // when a caller's unknown key last made the Keyset look
+	looking   chan struct{} // closed when that look has ended
 	seals     map[KeyName]*sealCount
 }
 
@@ -174,27 +175,40 @@ func (k *Keyset) Forget(purpose string, generation uint32) {
 // seek looks into the token for a key that a caller names and this Keyset does not
 // know, if it is the next generation of its purpose: another process may have made
 // it. What callers name may be forged, so that it looks once in lookPause; in between, as it
-// cannot know, the answer is ErrUnavailable. It returns nil also if the key is not there.
+// cannot know, the answer is ErrUnavailable, after the look that runs, if one does, has ended. It returns nil also if the key is not there.
 func (k *Keyset) seek(ctx context.Context, name KeyName) error {
 	k.mu.Lock()
-	_, known := k.known[name]
+	if _, known := k.known[name]; known {
+		k.mu.Unlock()
+		return nil
+	}
 	highest := uint32(0)
 	for n := range k.known {
 		if n.Purpose == name.Purpose {
 			highest = max(highest, n.Generation)
 		}
 	}
-	if known || k.forgotten[name] || name.Generation != highest+1 || highest == 0 || k.connection == nil {
+	if k.forgotten[name] || name.Generation != highest+1 || highest == 0 || k.connection == nil {
 		k.mu.Unlock()
 		return nil
 	}
-	if time.Since(k.looked) < lookPause {
+	if time.Since(k.looked) >= lookPause {
+		k.looked, k.looking = time.Now(), make(chan struct{})
+		defer close(k.looking)
 		k.mu.Unlock()
+		return k.Look(ctx)
+	}
+	looking := k.looking
+	k.mu.Unlock()
+	select {
+	case <-looking:
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for a look into the token: %w", ctx.Err())
+	}
+	if _, err := k.Proof(name.Purpose, name.Generation); err != nil {
 		return fmt.Errorf("%w: %s is not known here yet", ErrUnavailable, name)
 	}
-	k.looked = time.Now()
-	k.mu.Unlock()
-	return k.Look(ctx)
+	return nil
 }
 
 // Look finds the token's keys anew, and proves those that were not known. It is how

@@ -18,7 +18,7 @@ const (
 	// for the clock, if there is no key.
 	readKeys = `
 SELECT statement_timestamp(), k.purpose, k.generation, k.state, k.proof, k.created_at, k.current_since, k.retired_at,
-	k.destroyed_at, k.rewrapped_at, k.holder, k.held_until, k.seals, p.token_serial, p.gone_at IS NOT NULL
+	k.destroyed_at, k.rewrapped_at, k.holder, k.held_until, k.seals, p.token_serial, p.gone_at IS NOT NULL, p.left_at IS NOT NULL
 FROM (VALUES (true)) AS always (here)
 LEFT JOIN key_generations AS k ON true
 LEFT JOIN token_proofs AS p USING (purpose, generation)
@@ -34,9 +34,11 @@ ON CONFLICT ON CONSTRAINT key_generations_pk DO UPDATE SET
 	destroyed_at = excluded.destroyed_at, rewrapped_at = excluded.rewrapped_at, holder = excluded.holder, held_until = excluded.held_until`
 
 	writeHolding = `
-INSERT INTO token_proofs (token_serial, purpose, generation, gone_at) VALUES ($1, $2, $3, CASE WHEN $4 THEN statement_timestamp() END)
+INSERT INTO token_proofs (token_serial, purpose, generation, gone_at, left_at)
+VALUES ($1, $2, $3, CASE WHEN $4 THEN statement_timestamp() END, CASE WHEN $5 THEN statement_timestamp() END)
 ON CONFLICT ON CONSTRAINT token_proofs_pk DO UPDATE SET
-	gone_at = CASE WHEN $4 THEN coalesce(token_proofs.gone_at, excluded.gone_at) END`
+	gone_at = CASE WHEN $4 THEN coalesce(token_proofs.gone_at, excluded.gone_at) END,
+	left_at = CASE WHEN $5 THEN coalesce(token_proofs.left_at, excluded.left_at) END`
 
 	writeKeyEvent = `INSERT INTO events (kind, purpose, key_generation) VALUES ($1, $2, $3)`
 
@@ -69,10 +71,10 @@ func keyTable(ctx context.Context, q querier) (table vault.KeyTable, err error) 
 			generation, seals                                          *int64
 			proof                                                      []byte
 			created, current, retired, destroyed, rewrapped, heldUntil *time.Time
-			gone                                                       bool
+			gone, left                                                 bool
 		)
 		if err := rows.Scan(&table.Now, &purpose, &generation, &state, &proof, &created, &current, &retired,
-			&destroyed, &rewrapped, &holder, &heldUntil, &seals, &serial, &gone); err != nil {
+			&destroyed, &rewrapped, &holder, &heldUntil, &seals, &serial, &gone, &left); err != nil {
 			return table, err
 		}
 		if purpose == nil {
@@ -91,7 +93,7 @@ func keyTable(ctx context.Context, q querier) (table vault.KeyTable, err error) 
 		}
 		if serial != nil {
 			g := &table.Keys[len(table.Keys)-1]
-			g.Tokens = append(g.Tokens, vault.KeyHolding{Serial: *serial, Gone: gone})
+			g.Tokens = append(g.Tokens, vault.KeyHolding{Serial: *serial, Gone: gone, Left: left})
 		}
 	}
 	table.Now = table.Now.UTC()
@@ -162,7 +164,7 @@ func queueKey(batch *pgx.Batch, g vault.KeyGeneration) {
 	batch.Queue(writeKey, g.Purpose, g.Generation, g.State, g.Proof, g.CreatedAt, timeOrNull(g.CurrentSince), timeOrNull(g.RetiredAt),
 		timeOrNull(g.DestroyedAt), timeOrNull(g.RewrappedAt), textOrNull(g.Holder), timeOrNull(g.HeldUntil))
 	for _, t := range g.Tokens {
-		batch.Queue(writeHolding, t.Serial, g.Purpose, g.Generation, t.Gone)
+		batch.Queue(writeHolding, t.Serial, g.Purpose, g.Generation, t.Gone, t.Left)
 	}
 }
 

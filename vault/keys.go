@@ -61,12 +61,13 @@ type KeyGeneration struct {
 type KeyHolding struct {
 	Serial string
 	Gone   bool // it was destroyed there
+	Left   bool // the token was taken out of service; it comes back by showing again that it holds the key
 }
 
 // heldBy reports whether the token holds the key, and whether it ever did.
 func (g *KeyGeneration) heldBy(serial string) (holds, held bool) {
 	for _, t := range g.Tokens {
-		if t.Serial == serial {
+		if t.Serial == serial && !t.Left {
 			return !t.Gone, true
 		}
 	}
@@ -76,6 +77,34 @@ func (g *KeyGeneration) heldBy(serial string) (holds, held bool) {
 // held reports whether the lease is somebody else's than holder's.
 func (g *KeyGeneration) heldByOther(holder string, now time.Time) bool {
 	return g.Holder != "" && g.Holder != holder && now.Before(g.HeldUntil)
+}
+
+// register notes that a token holds the key.
+func (g *KeyGeneration) register(serial string) {
+	for i := range g.Tokens {
+		if t := &g.Tokens[i]; t.Serial == serial {
+			t.Left = false
+			return
+		}
+	}
+	g.Tokens = append(g.Tokens, KeyHolding{Serial: serial})
+}
+
+// release notes that the key was destroyed in a token, or that the token left, and reports whether it thereby is gone for good.
+func (g *KeyGeneration) release(serial string, now time.Time, destroyed bool) bool {
+	anywhere := false
+	for i := range g.Tokens {
+		t := &g.Tokens[i]
+		if t.Serial == serial {
+			t.Gone, t.Left = t.Gone || destroyed, t.Left || !destroyed
+		}
+		anywhere = anywhere || !t.Gone && !t.Left
+	}
+	if g.State != KeyClosing || anywhere {
+		return false
+	}
+	g.State, g.DestroyedAt = KeyDestroyed, now
+	return true
 }
 
 // KeyTable is the table of keys, or the part of one purpose, as it was read: by purpose
@@ -109,7 +138,7 @@ func (t *KeyTable) Current(purpose string) *KeyGeneration {
 func (t *KeyTable) tokens() (serials []string) {
 	for i := range t.Keys {
 		for _, h := range t.Keys[i].Tokens {
-			if !h.Gone && !slices.Contains(serials, h.Serial) {
+			if !h.Gone && !h.Left && !slices.Contains(serials, h.Serial) {
 				serials = append(serials, h.Serial)
 			}
 		}

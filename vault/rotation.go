@@ -389,9 +389,7 @@ func (r *Rotation) prove(ctx context.Context, key Key, row *KeyGeneration) error
 			}
 			return refuse("another token has registered key %v at this moment; try again", key)
 		}
-		if _, held := g.heldBy(r.token.Serial()); !held {
-			g.Tokens = append(g.Tokens, KeyHolding{Serial: r.token.Serial()})
-		}
+		g.register(r.token.Serial())
 		return nil
 	})
 }
@@ -609,15 +607,7 @@ func (r *Rotation) Destroy(ctx context.Context, key Key) error {
 		return tokenFault(fmt.Sprintf("destroying key %v", key), err)
 	}
 	err = r.edit(ctx, key.Purpose, func(e *KeyEdit) error {
-		g := e.Find(key)
-		anywhere := false
-		for i := range g.Tokens {
-			t := &g.Tokens[i]
-			t.Gone = t.Gone || t.Serial == r.token.Serial()
-			anywhere = anywhere || !t.Gone
-		}
-		if g.State == KeyClosing && !anywhere {
-			g.State, g.DestroyedAt = KeyDestroyed, e.Now
+		if e.Find(key).release(r.token.Serial(), e.Now, true) {
 			e.note(EventKeyDestroyed, key)
 		}
 		return nil
@@ -626,6 +616,38 @@ func (r *Rotation) Destroy(ctx context.Context, key Key) error {
 		r.log.InfoContext(ctx, "key destroyed", "key", key.String())
 	}
 	return err
+}
+
+// ForgetToken takes a token out of service that is not used any more, so that rotations do not wait for it. It must
+// be destroyed or wiped: what it holds counts as destroyed from then on. A vaultd that still uses it brings it back
+// within seconds.
+//
+// Errors: InvalidRequest, KeyRefusal, ErrStoreUnavailable. It may be called again.
+func (r *Rotation) ForgetToken(ctx context.Context, serial string) error {
+	if serial == r.token.Serial() {
+		return refuse("token %s is this instance's own", serial)
+	}
+	table, err := r.read(ctx)
+	if err != nil {
+		return err
+	}
+	if !slices.Contains(table.tokens(), serial) {
+		return &InvalidRequest{Field: "token", Reason: fmt.Sprintf("no token %q is in service; there are %v", serial, table.tokens())}
+	}
+	for _, purpose := range purposes {
+		if err := r.edit(ctx, purpose, func(e *KeyEdit) error {
+			for i := range e.Keys {
+				if g := &e.Keys[i]; g.Purpose == purpose && g.release(serial, e.Now, false) {
+					e.note(EventKeyDestroyed, g.Key)
+				}
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
+	}
+	r.log.InfoContext(ctx, "token out of service", "token", serial)
+	return nil
 }
 
 // unneeded refuses while anything depends on a key.

@@ -664,6 +664,24 @@ func TestRotationWithSeveralTokens(t *testing.T) {
 	if key := a.rotate(t, "master"); key != master2 {
 		t.Fatalf("rotated to %v", key)
 	}
+	// A token that left holds nothing up; a vaultd that uses it all the same brings it back.
+	var invalid *vault.InvalidRequest
+	if err := a.rotation.ForgetToken(t.Context(), "nothing"); !errors.As(err, &invalid) {
+		t.Errorf("forgetting what is not there: %v", err)
+	}
+	refusedBecause(t, a.rotation.ForgetToken(t.Context(), a.keys.Serial()), "this instance's own")
+	if err := a.rotation.ForgetToken(t.Context(), "another"); err != nil {
+		t.Fatal(err)
+	}
+	if tokens := a.status(t).Tokens; !slices.Equal(tokens, []string{a.keys.Serial()}) {
+		t.Errorf("tokens in service: %v", tokens)
+	}
+	if err := b.rotation.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if tokens := a.status(t).Tokens; len(tokens) != 2 {
+		t.Errorf("tokens in service: %v", tokens)
+	}
 	// Each instance destroys in its own token; the key is destroyed with the last.
 	if err := a.rotation.Destroy(t.Context(), master1); err != nil {
 		t.Fatal(err)

@@ -129,19 +129,18 @@ func SealedUnder(sealed []byte) uint32 {
 // were sealed anew meanwhile, under a newer master key, and the older one is gone.
 func (v *Vault) openSecrets(ctx context.Context, a *Account, g *Generation) (*secrets, error) {
 	s, err := v.tryOpenSecrets(ctx, a, g)
-	if s != nil || err != nil {
-		return s, err
+	if s != nil {
+		return s, nil
 	}
-	now, _, err := v.read(ctx, a.ID)
-	if err != nil {
-		return nil, err
-	}
-	if fresh := now.Find(g.ID); fresh != nil && !bytes.Equal(fresh.Sealed, g.Sealed) {
-		if s, err := v.tryOpenSecrets(ctx, now, fresh); s != nil || err != nil {
-			return s, err
+	if now, _, readErr := v.read(ctx, a.ID); readErr == nil {
+		if fresh := now.Find(g.ID); fresh != nil && fresh.Sealed != nil && !bytes.Equal(fresh.Sealed, g.Sealed) {
+			s, err = v.tryOpenSecrets(ctx, now, fresh)
 		}
 	}
-	return nil, v.accountFault(ctx, a, "the sealed record does not open")
+	if s == nil && err == nil {
+		err = v.accountFault(ctx, a, "the sealed record does not open")
+	}
+	return s, err
 }
 
 // tryOpenSecrets answers nil, without an error, if the secrets do not open.

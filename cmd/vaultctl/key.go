@@ -19,6 +19,7 @@ type keyCommand struct {
 	Status  keyStatusCommand  `cmd:"" help:"Show all keys: age, seals, the records that need them, and what is to be done."`
 	Rotate  keyRotateCommand  `cmd:"" help:"Use the next generation of a key from now on. vaultd makes it, as nobody else may write to a token that is in use."`
 	Destroy keyDestroyCommand `cmd:"" help:"Destroy a generation of a key that nothing needs any more, in the token of the vaultd that is asked. It cannot be undone: dumps and backups of records that it sealed are worthless from then on."`
+	Forget  keyForgetCommand  `cmd:"" name:"forget-token" help:"Take a token out of service that was destroyed or wiped, so that rotations do not wait for it. What it held counts as destroyed. A vaultd that still uses it brings it back."`
 }
 
 // adminListener is a running vaultd, as operators reach it.
@@ -216,4 +217,17 @@ func destroyKey(e *environment, vaultd *adminListener, purpose string, generatio
 		return err
 	}
 	return e.printf("%s/%d is destroyed in this vaultd's token\n", key.Purpose, key.Generation)
+}
+
+type keyForgetCommand struct {
+	adminListener
+	Serial string `arg:"" help:"The token's serial number, as vaultctl key status shows it."`
+}
+
+func (c *keyForgetCommand) Run(e *environment) error {
+	var token api.ForgottenToken
+	if err := c.ask(e.ctx, http.MethodPost, &token, "tokens", c.Serial, "forget"); err != nil {
+		return err
+	}
+	return e.printf("token %s is out of service\n", token.Token)
 }

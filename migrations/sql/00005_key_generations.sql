@@ -46,7 +46,8 @@ CREATE TABLE token_proofs (
 	purpose      text COLLATE "C" NOT NULL,
 	generation   bigint      NOT NULL,
 	proved_at    timestamptz NOT NULL DEFAULT statement_timestamp(),
-	gone_at      timestamptz, -- null: the token holds it
+	gone_at      timestamptz, -- null: not destroyed there
+	left_at      timestamptz, -- null: the token is in service
 
 	CONSTRAINT token_proofs_pk PRIMARY KEY (token_serial, purpose, generation),
 	CONSTRAINT token_proofs_key_fk FOREIGN KEY (purpose, generation) REFERENCES key_generations (purpose, generation),
@@ -106,5 +107,5 @@ GRANT EXECUTE ON FUNCTION await_account_writes() TO bkv_runtime;
 
 GRANT SELECT, INSERT ON key_generations, token_proofs TO bkv_runtime;
 GRANT UPDATE (state, proof, current_since, retired_at, destroyed_at, seals, rewrapped_at, holder, held_until) ON key_generations TO bkv_runtime;
-GRANT UPDATE (gone_at) ON token_proofs TO bkv_runtime;
+GRANT UPDATE (gone_at, left_at) ON token_proofs TO bkv_runtime;
 GRANT UPDATE (destroyed_at) ON generations TO bkv_runtime;

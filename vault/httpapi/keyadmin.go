@@ -16,6 +16,7 @@ import (
 //	GET  /keys/                                all keys, and what is to be done
 //	POST /keys/{purpose}/rotate                the next generation is used from now on
 //	POST /keys/{purpose}/{generation}/destroy  one that nothing needs is destroyed
+//	POST /keys/tokens/{serial}/forget          a token that is not used any more holds nothing up
 //
 // Refusals are 400 and 409, faults 503, as {"error": …}. Each request can be sent again.
 func NewKeyAdmin(log *slog.Logger, rotation *vault.Rotation) http.Handler {
@@ -53,6 +54,10 @@ func NewKeyAdmin(log *slog.Logger, rotation *vault.Rotation) http.Handler {
 		key := vault.Key{Purpose: r.PathValue("purpose"), Generation: uint32(generation)}
 		return api.RotatedKey(key), rotation.Destroy(r.Context(), key)
 	})
+	handle("POST /keys/tokens/{serial}/forget", func(r *http.Request) (any, error) {
+		serial := r.PathValue("serial")
+		return api.ForgottenToken{Token: serial}, rotation.ForgetToken(r.Context(), serial)
+	})
 	return http.NewCrossOriginProtection().Handler(mux)
 }
 
@@ -86,7 +91,7 @@ func wireKeyStatus(s *vault.KeyStatus) *api.KeyStatus {
 			RewrappedAt: timeOrNil(k.RewrappedAt), Seals: k.Seals, Records: k.Dependents, Tokens: []string{},
 		}
 		for _, t := range k.Tokens {
-			if !t.Gone {
+			if !t.Gone && !t.Left {
 				wire.Tokens = append(wire.Tokens, t.Serial)
 			}
 		}
