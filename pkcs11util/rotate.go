@@ -36,8 +36,6 @@ var (
 	ErrWornOut = errors.New("the key has sealed as many values as AES-GCM allows with random IVs")
 	// ErrInUse: the key is the one that new work uses, and is not destroyed.
 	ErrInUse = errors.New("the key is in use")
-	// ErrOtherKey: the token's key of this name is another one than the proof is of.
-	ErrOtherKey = errors.New("another key than the one that is known by this name")
 )
 
 // rotation is a Keyset's knowledge of which keys to use. It is guarded by Keyset.mu, but for changes and the counts.
@@ -48,9 +46,14 @@ type rotation struct {
 	serial    string
 	current   map[string]uint32 // as SetCurrent said
 	forgotten map[KeyName]bool
-	looked    time.Time     // when a caller's unknown key last made the Keyset look
-	looking   chan struct{} // closed when that look has ended
+	looks     map[string]look // the last look for a caller's unknown key, by purpose
 	seals     map[KeyName]*sealCount
+}
+
+// look is a look into the token for a key that a caller named.
+type look struct {
+	began time.Time
+	ended chan struct{} // closed then
 }
 
 // sealCount counts what a key sealed.
@@ -60,7 +63,7 @@ type sealCount struct {
 }
 
 func newRotation() rotation {
-	return rotation{current: map[string]uint32{}, forgotten: map[KeyName]bool{}, seals: map[KeyName]*sealCount{}}
+	return rotation{current: map[string]uint32{}, forgotten: map[KeyName]bool{}, looks: map[string]look{}, seals: map[KeyName]*sealCount{}}
 }
 
 // Serial is the token's serial number.
@@ -174,7 +177,7 @@ func (k *Keyset) Forget(purpose string, generation uint32) {
 
 // seek looks into the token for a key that a caller names and this Keyset does not
 // know, if it is the next generation of its purpose: another process may have made
-// it. What callers name may be forged, so that it looks once in lookPause; in between, as it
+// it. What callers name may be forged, so that it looks once in lookPause for each purpose; in between, as it
 // cannot know, the answer is ErrUnavailable, after the look that runs, if one does, has ended. It returns nil also if the key is not there.
 func (k *Keyset) seek(ctx context.Context, name KeyName) error {
 	k.mu.Lock()
@@ -192,16 +195,17 @@ func (k *Keyset) seek(ctx context.Context, name KeyName) error {
 		k.mu.Unlock()
 		return nil
 	}
-	if time.Since(k.looked) >= lookPause {
-		k.looked, k.looking = time.Now(), make(chan struct{})
-		defer close(k.looking)
+	last := k.looks[name.Purpose]
+	if time.Since(last.began) >= lookPause {
+		now := look{time.Now(), make(chan struct{})}
+		defer close(now.ended)
+		k.looks[name.Purpose] = now
 		k.mu.Unlock()
 		return k.Look(ctx)
 	}
-	looking := k.looking
 	k.mu.Unlock()
 	select {
-	case <-looking:
+	case <-last.ended:
 	case <-ctx.Done():
 		return fmt.Errorf("waiting for a look into the token: %w", ctx.Err())
 	}
@@ -409,26 +413,15 @@ func (k *Keyset) Proof(purpose string, generation uint32) ([]byte, error) {
 	}
 }
 
-// Confirm shows that the token's key is the one that proof, which Proof made here or at another token, is of: ErrOtherKey if not.
-func (k *Keyset) Confirm(ctx context.Context, purpose string, generation uint32, proof []byte) error {
-	name := KeyName{purpose, generation}
-	other := fmt.Errorf("token %q: %s: %w", k.config.Label, name, ErrOtherKey)
+// Confirm tells whether the token's key is the one that proof, which Proof made here or at another token, is of.
+func (k *Keyset) Confirm(ctx context.Context, purpose string, generation uint32, proof []byte) (same bool, err error) {
 	mine, err := k.Proof(purpose, generation)
 	if err != nil {
-		return err
+		return false, err
 	}
 	if !seals(purpose) {
-		if subtle.ConstantTimeCompare(mine, proof) != 1 {
-			return other
-		}
-		return nil
+		return subtle.ConstantTimeCompare(mine, proof) == 1, nil
 	}
 	plaintext, authentic, err := k.Open(ctx, purpose, probeID, proof, probeAssociated)
-	if err != nil {
-		return err
-	}
-	if !authentic || string(plaintext) != string(probeText) {
-		return other
-	}
-	return nil
+	return authentic && string(plaintext) == string(probeText), err
 }

@@ -321,16 +321,16 @@ func TestProofsTellKeysApart(t *testing.T) {
 		if err != nil || len(proof) < 16 || len(proof) > 256 {
 			t.Fatalf("%s: a proof of %d bytes, %v", purpose, len(proof), err)
 		}
-		if err := again.Confirm(t.Context(), purpose, 1, proof); err != nil {
-			t.Errorf("%s: the same key: %v", purpose, err)
+		if same, err := again.Confirm(t.Context(), purpose, 1, proof); err != nil || !same {
+			t.Errorf("%s: the same key: %v, %v", purpose, same, err)
 		}
-		if err := b.Confirm(t.Context(), purpose, 1, proof); !errors.Is(err, pkcs11util.ErrOtherKey) {
-			t.Errorf("%s: another key: %v", purpose, err)
+		if same, err := b.Confirm(t.Context(), purpose, 1, proof); err != nil || same {
+			t.Errorf("%s: another key: %v, %v", purpose, same, err)
 		}
-		if err := a.Confirm(t.Context(), purpose, 1, nil); !errors.Is(err, pkcs11util.ErrOtherKey) {
-			t.Errorf("%s: no proof: %v", purpose, err)
+		if same, err := a.Confirm(t.Context(), purpose, 1, nil); err != nil || same {
+			t.Errorf("%s: no proof: %v, %v", purpose, same, err)
 		}
-		if err := a.Confirm(t.Context(), purpose, 7, proof); !errors.Is(err, pkcs11util.ErrNoKey) {
+		if _, err := a.Confirm(t.Context(), purpose, 7, proof); !errors.Is(err, pkcs11util.ErrNoKey) {
 			t.Errorf("%s/7: %v", purpose, err)
 		}
 	}

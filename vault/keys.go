@@ -219,7 +219,7 @@ type KeyToken interface {
 	Seals(purpose string, generation uint32) uint64
 	// Proof tells a key from all others; Confirm compares with one that was made elsewhere.
 	Proof(purpose string, generation uint32) ([]byte, error)
-	Confirm(ctx context.Context, purpose string, generation uint32, proof []byte) error
+	Confirm(ctx context.Context, purpose string, generation uint32, proof []byte) (same bool, err error)
 }
 
 // KeyRefusal is an operator's wish about keys that cannot be fulfilled now, or ever. Nothing was changed, or what was can be gone on with.

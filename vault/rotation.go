@@ -366,8 +366,12 @@ func (r *Rotation) prove(ctx context.Context, key Key, row *KeyGeneration) error
 		return tokenFault("proving a key", err)
 	}
 	if row != nil && row.Proof != nil {
-		if err := r.token.Confirm(ctx, key.Purpose, key.Generation, row.Proof); err != nil {
-			return tokenFault(fmt.Sprintf("comparing key %v with the one in use", key), err)
+		switch same, err := r.token.Confirm(ctx, key.Purpose, key.Generation, row.Proof); {
+		case err != nil:
+			return tokenFault(fmt.Sprintf("comparing key %v with the one that is known", key), err)
+		case !same:
+			return fmt.Errorf("token %s holds another key %v than the database knows by this name: one of them is of another vault, or the keys were made apart and not in a ceremony",
+				r.token.Serial(), key)
 		}
 		proof = row.Proof
 	}

@@ -235,9 +235,8 @@ func TestTerminatedUnderLoad(t *testing.T) {
 // vaultctl token init, killed in the middle of it several times, ends well all the same.
 func TestTokenInitKilled(t *testing.T) {
 	t.Parallel()
-	db := storetest.New(t)
 	for range 4 {
-		dir := t.TempDir()
+		db, dir := storetest.New(t), t.TempDir()
 		env := tokenEnv(t, dir, tokentest.NewDirectory(t))
 		for range 5 {
 			init := program(t.Context(), env, "vaultctl", "token", "init")

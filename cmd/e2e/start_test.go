@@ -177,7 +177,6 @@ func searchSecrets(t testing.TB, text string) {
 
 // Keys that a killed or foreign hand left half-made are no keys.
 func TestRefusesHalfMadeKeys(t *testing.T) {
-	db := storetest.New(t)
 	for name, c := range map[string]struct {
 		damage func(t testing.TB, tok *tokentest.Token)
 		want   string
@@ -201,7 +200,7 @@ func TestRefusesHalfMadeKeys(t *testing.T) {
 		}, `bkv/server/1`},
 	} {
 		t.Run(name, func(t *testing.T) {
-			tok := tokentest.New(t)
+			tok, db := tokentest.New(t), storetest.New(t)
 			dir := t.TempDir()
 			env := []string{
 				tok.Directory.Env(), "BKV_TOKEN_MODULE=" + tok.Directory.Module, "BKV_TOKEN_LABEL=" + tok.Label,
@@ -213,6 +212,17 @@ func TestRefusesHalfMadeKeys(t *testing.T) {
 			refuses(t, env, c.want)
 		})
 	}
+}
+
+// A database belongs to its keys: another token, with other keys of the same names, is refused.
+func TestRefusesAnotherToken(t *testing.T) {
+	t.Parallel()
+	db := storetest.New(t)
+	deploy(t, db).start(t).stop(t)
+	dir := t.TempDir()
+	env := append(tokenEnv(t, dir, tokentest.NewDirectory(t)), "BKV_DATABASE_URL_FILE="+write(t, dir, "url", db.RuntimeURL))
+	mustRun(t, env, "vaultctl", "token", "init")
+	refuses(t, env, "holds another key master/1 than the database knows by this name")
 }
 
 // destroy destroys the one object of a class and label.
