@@ -170,7 +170,12 @@ type Token struct {
 }
 
 // New makes a token, with keys generated in it, and opens it.
-func New(t testing.TB) *Token { return Import(t, nil) }
+func New(t testing.TB) *Token {
+	t.Helper()
+	tok := Empty(t)
+	tok.fill(t, nil)
+	return tok
+}
 
 // Import is New, but that the keys of some purposes (OPRF, Server, Relay, Identity, Audit) are
 // given: private scalars, big endian. It is for test vectors; keys that were outside a token are no
@@ -178,6 +183,13 @@ func New(t testing.TB) *Token { return Import(t, nil) }
 func Import(t testing.TB, scalars map[string][32]byte) *Token {
 	t.Helper()
 	tok := Empty(t)
+	tok.fill(t, scalars)
+	return tok
+}
+
+// fill makes or imports a key for each purpose, and opens the token.
+func (tok *Token) fill(t testing.TB, scalars map[string][32]byte) {
+	t.Helper()
 	for _, purpose := range pkcs11util.Purposes() {
 		name := pkcs11util.KeyName{Purpose: purpose, Generation: 1}
 		if scalar, ok := scalars[purpose]; ok {
@@ -187,13 +199,16 @@ func Import(t testing.TB, scalars map[string][32]byte) *Token {
 		}
 	}
 	tok.Keyset = tok.OpenKeyset(t, tok.Config())
-	return tok
 }
 
 // Empty makes a token without keys, not opened (its Keyset is nil).
 func Empty(t testing.TB) *Token {
 	t.Helper()
-	dir := useShared(t)
+	return emptyIn(t, useShared(t))
+}
+
+func emptyIn(t testing.TB, dir Directory) *Token {
+	t.Helper()
 	m, err := module.Load(dir.Module)
 	if err != nil {
 		t.Fatal(err)
