@@ -65,7 +65,7 @@ func InitToken(modulePath, label string, soPIN, pin PIN) (created bool, err erro
 		return false, err
 	}
 
-	s, err := openSession(m.Ctx, slot, pkcs11.CKF_RW_SESSION)
+	s, err := openSession(m, slot, pkcs11.CKF_RW_SESSION)
 	if err != nil {
 		return false, err
 	}
@@ -98,6 +98,7 @@ type Admin struct {
 	module      *module.Module
 	incarnation uint64
 	session     session
+	unpin       func()
 }
 
 // OpenAdmin logs in. A refused PIN is ErrPINRefused.
@@ -129,7 +130,7 @@ func (a *Admin) login(cfg Config) error {
 	if err != nil {
 		return err
 	}
-	s, err := openSession(a.module.Ctx, slot, pkcs11.CKF_RW_SESSION)
+	s, err := openSession(a.module, slot, pkcs11.CKF_RW_SESSION)
 	if err != nil {
 		return err
 	}
@@ -140,7 +141,7 @@ func (a *Admin) login(cfg Config) error {
 		}
 		return fmt.Errorf("token %q: %w", cfg.Label, err)
 	}
-	a.incarnation, a.session = incarnation, s
+	a.incarnation, a.session, a.unpin = incarnation, s, a.module.Pin()
 	return nil
 }
 
@@ -150,6 +151,7 @@ func (a *Admin) Close() {
 		a.session.close()
 		release()
 	}
+	a.unpin()
 	a.module.Unload()
 }
 

@@ -34,8 +34,9 @@ func TestWaitingForASessionEndsWithTheConnection(t *testing.T) {
 	result := make(chan error)
 	go func() { result <- k.Check(context.Background()) }()
 	k.mu.Lock()
-	k.down = errors.Join(ErrUnavailable, errors.New("the cause"))
-	close(k.connection.gone)
+	c := k.connection
+	k.connection, k.down = nil, errors.Join(ErrUnavailable, errors.New("the cause"))
+	close(c.gone)
 	k.mu.Unlock()
 	if err := <-result; !errors.Is(err, ErrUnavailable) {
 		t.Errorf("got %v", err)

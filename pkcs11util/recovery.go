@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"sync/atomic"
 	"time"
 
 	"github.com/miekg/pkcs11"
@@ -26,6 +27,7 @@ type connection struct {
 	anchor      session      // never used by calls: it keeps the login while sessions are dropped
 	idle        chan session // those that no call uses; its capacity is their number
 	gone        chan struct{}
+	spoiled     *atomic.Bool // a session was lost that is not replaced
 
 	keys   map[KeyName]*key
 	known  map[KeyName]knownAnswer
@@ -49,12 +51,15 @@ func (k *Keyset) connect(ctx context.Context) (*connection, error) {
 	if err != nil {
 		return nil, err
 	}
+	if info.Flags&pkcs11.CKF_USER_PIN_LOCKED != 0 {
+		return nil, fmt.Errorf("token %q: %w: by its own account the PIN is locked", k.config.Label, ErrPINRefused)
+	}
 	c := &connection{
 		incarnation: incarnation, slot: slot,
-		idle: make(chan session, k.config.Sessions), gone: make(chan struct{}),
+		idle: make(chan session, k.config.Sessions), gone: make(chan struct{}), spoiled: new(atomic.Bool),
 		known: map[KeyName]knownAnswer{}, newest: map[string]uint32{},
 	}
-	if c.anchor, err = openSession(k.module.Ctx, slot, 0); err != nil {
+	if c.anchor, err = openSession(k.module, slot, 0); err != nil {
 		return nil, err
 	}
 	if err := k.fill(c); err != nil {
@@ -109,7 +114,7 @@ func (k *Keyset) fill(c *connection) error {
 	}
 
 	for range cap(c.idle) {
-		s, err := openSession(k.module.Ctx, c.slot, 0)
+		s, err := openSession(k.module, c.slot, 0)
 		if err != nil {
 			return err
 		}
@@ -118,14 +123,20 @@ func (k *Keyset) fill(c *connection) error {
 	return nil
 }
 
-// probe is a short check of a session, the login and the keys: known values opened, a known MAC made.
+// probe is a short check of a session, the login and each purpose's newest key: known values
+// opened, a known MAC made, a secret agreed on, a signature verified.
 func (c *connection) probe(s session) error {
 	if err := s.loggedIn(); err != nil {
 		return err
 	}
-	for _, purpose := range []string{Master, State, MAC} {
+	for _, purpose := range Purposes() {
 		name := KeyName{purpose, c.newest[purpose]}
-		if err := s.confirm(c.keys[name], c.known[name]); err != nil {
+		key := c.keys[name]
+		err := s.confirm(key, c.known[name])
+		if err == nil && kinds[purpose].keyType == pkcs11.CKK_EC {
+			_, err = s.prove(key)
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -145,7 +156,7 @@ func (k *Keyset) mend(c *connection, s session, cause error) error {
 	s.close()
 	// Wrong answers are not the session's doing.
 	if !errors.Is(cause, errFaulty) {
-		if fresh, err := openSession(k.module.Ctx, c.slot, 0); err == nil {
+		if fresh, err := openSession(k.module, c.slot, 0); err == nil {
 			if c.probe(fresh) == nil {
 				k.log.Warn("token session replaced", "error", cause)
 				c.put(fresh)
@@ -163,7 +174,8 @@ func (k *Keyset) giveUp(c *connection, cause error) error {
 	cause = fmt.Errorf("%w: %w", ErrUnavailable, cause)
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.connection == nil || k.connection.gone != c.gone { // a copy of c with other keys is still c
+	c.spoiled.Store(true)
+	if !k.isCurrent(c) {
 		return cause // somebody else met a fault first, or the Keyset was closed
 	}
 	k.log.Error("token lost", "error", cause)
@@ -180,41 +192,89 @@ func (k *Keyset) giveUp(c *connection, cause error) error {
 	return cause
 }
 
+// isCurrent says whether c is the connection in use; a copy of it with other keys is still c. The caller holds mu.
+func (k *Keyset) isCurrent(c *connection) bool {
+	return k.connection != nil && k.connection.gone == c.gone
+}
+
+// history is what the recovery remembers from one time to the next.
+type history struct {
+	ended time.Time // of the last one
+	pause time.Duration
+}
+
 // recover tries until there is a connection again, the PIN is refused, or the Keyset is
 // closed. There is one at a time, as it is started with the connection's end only.
+//
+// The first attempt is made at once, unless the connection did not last since the
+// recovery before: then this goes on with the pauses where that one ended, so that a token which
+// proves well and works badly is not logged in to all the time.
 func (k *Keyset) recover(ctx context.Context, lost *connection) {
-	k.discard(lost)
-	for pause := firstPause; ; pause = min(2*pause, lastPause) {
+	if lost != nil {
+		k.discard(lost)
+	}
+	h := &k.history
+	if time.Since(h.ended) < 2*lastPause {
+		k.pause(ctx)
+	} else {
+		h.pause = 0
+	}
+	for {
 		c, err := k.reconnect(ctx)
-		k.mu.Lock()
-		switch {
-		case k.closed:
-			k.mu.Unlock()
-			if c != nil {
-				k.discard(c)
+		h.ended = time.Now()
+		if k.settle(c, err) {
+			if err == nil {
+				k.log.Info("token recovered")
 			}
 			return
-		case err == nil:
-			k.connection, k.down = c, nil
-			k.mu.Unlock()
-			k.log.Info("token recovered")
-			return
-		case errors.Is(err, ErrPINRefused):
-			k.down = err
-			k.mu.Unlock()
-			k.log.Error("token recovery ended", "error", err)
-			return
 		}
-		k.down = fmt.Errorf("%w: %w", ErrUnavailable, err)
-		k.mu.Unlock()
 		k.log.Warn("token recovery failed", "error", err)
+		k.pause(ctx)
+	}
+}
 
-		timer := time.NewTimer(pause/2 + rand.N(pause/2))
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-		}
+// pause waits, each time longer, or until ctx ends.
+func (k *Keyset) pause(ctx context.Context) {
+	p := min(max(2*k.history.pause, firstPause), lastPause)
+	k.history.pause = p
+	timer := time.NewTimer(p/2 + rand.N(p/2))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
+
+// settle takes over what an attempt at a new connection gave, and lets the calls go on that
+// wait for it. done is false if there has to be another attempt.
+func (k *Keyset) settle(c *connection, err error) (done bool) {
+	k.mu.Lock()
+	closed := k.closed
+	switch {
+	case closed:
+		done = true
+	case err == nil:
+		k.connection, k.down, done = c, nil, true
+		k.scheduleRecycling()
+	case errors.Is(err, ErrPINRefused):
+		k.down, done = err, true
+		k.log.Error("token recovery ended", "error", err)
+	default:
+		k.down = fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+	k.release()
+	k.mu.Unlock()
+	if closed && c != nil {
+		k.discard(c)
+	}
+	return done
+}
+
+// release lets calls go on that wait for a new connection. The caller holds mu.
+func (k *Keyset) release() {
+	if k.renewed != nil {
+		close(k.renewed)
+		k.renewed = nil
 	}
 }
 
@@ -250,10 +310,17 @@ func (k *Keyset) discard(c *connection) {
 // put makes a session available to the next call. The caller is inside the module.
 func (c *connection) put(s session) {
 	c.idle <- s
+	if c.ended() {
+		c.closeIdle()
+	}
+}
+
+func (c *connection) ended() bool {
 	select {
 	case <-c.gone:
-		c.closeIdle()
+		return true
 	default:
+		return false
 	}
 }
 
@@ -266,14 +333,4 @@ func (c *connection) closeIdle() {
 			return
 		}
 	}
-}
-
-// whyDown is the error of calls while there is no connection.
-func (k *Keyset) whyDown() error {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.down == nil {
-		return ErrUnavailable // it was lost while the call waited, and is back already
-	}
-	return k.down
 }

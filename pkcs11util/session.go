@@ -2,8 +2,11 @@ package pkcs11util
 
 import (
 	"fmt"
+	"sync/atomic"
 
 	"github.com/miekg/pkcs11"
+
+	"github.com/backup-key-vault/bkv/pkcs11util/internal/module"
 )
 
 // session is one PKCS#11 session, used by one call at a time. Its methods are the
@@ -12,14 +15,15 @@ import (
 type session struct {
 	p      *pkcs11.Ctx
 	handle pkcs11.SessionHandle
+	made   *atomic.Int64 // session objects, by all sessions of the module
 }
 
-func openSession(p *pkcs11.Ctx, slot uint, flags uint) (session, error) {
-	h, err := p.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|flags)
+func openSession(m *module.Module, slot uint, flags uint) (session, error) {
+	h, err := m.Ctx.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|flags)
 	if err != nil {
 		return session{}, fmt.Errorf("C_OpenSession: %w", err)
 	}
-	return session{p, h}, nil
+	return session{m.Ctx, h, &m.SessionObjects}, nil
 }
 
 // close gives the session back. It may be one that is gone already.
@@ -104,6 +108,7 @@ func (s session) x(k *key, uncompressed []byte) (x [fieldBytes]byte, err error) 
 	if err != nil {
 		return x, fmt.Errorf("C_DeriveKey under %s: %w", k.name, err)
 	}
+	s.made.Add(1)
 	values, err := s.attributes(secret, pkcs11.CKA_VALUE)
 	if destroyErr := s.p.DestroyObject(s.handle, secret); err == nil && destroyErr != nil {
 		err = fmt.Errorf("C_DestroyObject: %w", destroyErr)

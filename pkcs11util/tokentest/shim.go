@@ -57,6 +57,8 @@ var (
 	UnwrapValueLenRequired = Setting{"unwrap_value_len", 1}
 	UnwrapValueLenRefused  = Setting{"unwrap_value_len", 2} // as SoftHSM 2.6.1 does
 
+	PINLocked = Setting{"pin_locked", 1} // C_GetTokenInfo says so
+
 	VendorKDF = Setting{"vendor_kdf", 1} // CKM_ECDH1_DERIVE with CKD_NULL: CKR_MECHANISM_PARAM_INVALID
 
 	PointRaw     = Setting{"point_out", 1} // CKA_EC_POINT reads as 65 bytes
@@ -205,6 +207,15 @@ func EmptyShimmed(t testing.TB) *Shim {
 	s.Token = emptyIn(t, dir)
 	t.Cleanup(s.Clear)
 	return s
+}
+
+// NewToken makes a further token in the Shim, with keys, and opens it. What befalls the Shim befalls it too.
+func (s *Shim) NewToken(t testing.TB) *Token {
+	t.Helper()
+	tok := emptyIn(t, s.Directory)
+	tok.fill(t, nil)
+	t.Cleanup(s.Clear)
+	return tok
 }
 
 // OpenKeyset opens the token a further time, until the test's end, when everything is

@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/miekg/pkcs11"
@@ -25,6 +26,9 @@ import (
 
 // ErrReinitialised says that handles are from before the module was finalised.
 var ErrReinitialised = errors.New("the PKCS#11 module has been initialised anew since")
+
+// ErrBusy says that the module cannot be recycled at present.
+var ErrBusy = errors.New("the PKCS#11 module is in use")
 
 // ErrNoToken says that no token, and ErrManyTokens that more than one, has a label.
 var (
@@ -40,6 +44,9 @@ const wholeGate = 1 << 30
 // finalised either; callers try again later.
 const quiesceTimeout = 10 * time.Second
 
+// recycleTimeout is the same for Recycle, which is in no hurry, and keeps calls waiting meanwhile.
+const recycleTimeout = time.Second
+
 // A Module is one loaded PKCS#11 module.
 type Module struct {
 	// Objects is held around finding, creating and destroying token objects. In
@@ -50,6 +57,11 @@ type Module struct {
 
 	// Ctx may be used between Enter and its release only.
 	Ctx *pkcs11.Ctx
+
+	// SessionObjects counts the session objects that were made since the module was initialised.
+	SessionObjects atomic.Int64
+
+	pins atomic.Int32 // users whose handles Recycle must not void
 
 	path string
 	refs int // guarded by registryMu
@@ -178,6 +190,11 @@ func (m *Module) Reinitialise(ctx context.Context, incarnation uint64) error {
 		return err
 	}
 	defer release()
+	return m.reinitialise(incarnation)
+}
+
+// reinitialise does it; the caller has the whole gate.
+func (m *Module) reinitialise(incarnation uint64) error {
 	if m.incarnation != incarnation {
 		return nil
 	}
@@ -185,11 +202,13 @@ func (m *Module) Reinitialise(ctx context.Context, incarnation uint64) error {
 		// It fails if somebody else in the process finalised the module before; what
 		// counts is whether it can be initialised now.
 		_ = m.Ctx.Finalize()
+		trim()
 	}
 	// Without options, miekg/pkcs11 passes CKF_OS_LOCKING_OK: the module locks by itself.
-	err = m.Ctx.Initialize()
+	err := m.Ctx.Initialize()
 	m.incarnation++
 	m.initialised = err == nil
+	m.SessionObjects.Store(0)
 	if errors.Is(err, pkcs11.Error(pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED)) {
 		return fmt.Errorf("C_Initialize of %s: something else in this process uses the module: %w", m.path, err)
 	}
@@ -197,6 +216,28 @@ func (m *Module) Reinitialise(ctx context.Context, incarnation uint64) error {
 		return fmt.Errorf("C_Initialize of %s: %w", m.path, err)
 	}
 	return nil
+}
+
+// Recycle is Reinitialise for its own sake: it has the module give back what it does not
+// free before. It answers ErrBusy, and nothing has happened, while somebody has
+// pinned the module, or if a call does not end soon.
+func (m *Module) Recycle(ctx context.Context, incarnation uint64) error {
+	ctx, cancel := context.WithTimeout(ctx, recycleTimeout)
+	defer cancel()
+	if err := m.gate.Acquire(ctx, wholeGate); err != nil {
+		return fmt.Errorf("%w: waiting for calls to leave it: %w", ErrBusy, err)
+	}
+	defer m.gate.Release(wholeGate)
+	if m.pins.Load() > 0 {
+		return fmt.Errorf("%w: by an operator's login", ErrBusy)
+	}
+	return m.reinitialise(incarnation)
+}
+
+// Pin keeps Recycle away until unpin is called once. The caller is inside the module.
+func (m *Module) Pin() (unpin func()) {
+	m.pins.Add(1)
+	return func() { m.pins.Add(-1) }
 }
 
 // FindToken returns the slot of the one initialised token with this label, or

@@ -23,6 +23,7 @@ SETTING(extraction)        /* 1: CKA_VALUE of sensitive keys can be read and une
 SETTING(duplicates)        /* 1: C_FindObjects names each object twice */
 SETTING(bad_signature)     /* 1: one bit of what C_Sign makes is wrong */
 SETTING(same_random)       /* 1: C_GenerateRandom gives the same each time */
+SETTING(pin_locked)        /* 1: C_GetTokenInfo says that the user's PIN is locked */
 SETTING(hidden_1)          /* mechanisms that the token does not have */
 SETTING(hidden_2)
 SETTING(hidden_3)
@@ -54,7 +55,7 @@ FUNCTION(C_GetInfo, GENERAL, (void *info), (info))
 HOOKED(C_GetFunctionList, GENERAL, (struct functions **list), (list))
 HOOKED(C_GetSlotList, GENERAL, (unsigned char present, ulong *slots, ulong *count), (present, slots, count))
 FUNCTION(C_GetSlotInfo, SLOT, (ulong slot, void *info), (slot, info))
-FUNCTION(C_GetTokenInfo, SLOT, (ulong slot, void *info), (slot, info))
+HOOKED(C_GetTokenInfo, SLOT, (ulong slot, struct token *info), (slot, info))
 HOOKED(C_GetMechanismList, SLOT, (ulong slot, ulong *list, ulong *count), (slot, list, count))
 HOOKED(C_GetMechanismInfo, SLOT, (ulong slot, ulong type, void *info), (slot, type, info))
 FUNCTION(C_InitToken, SLOT, (ulong slot, void *pin, ulong pinLen, void *label), (slot, pin, pinLen, label))

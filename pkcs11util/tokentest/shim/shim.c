@@ -31,6 +31,7 @@ struct attribute { ulong type; void *value; ulong length; };
 struct mechanism { ulong type; void *parameter; ulong length; };
 struct gcm { unsigned char *iv; ulong ivLen, ivBits; unsigned char *aad; ulong aadLen, tagBits; };
 struct ctr { ulong counterBits; unsigned char block[16]; };
+struct token { unsigned char names[96]; ulong flags; }; /* and more */
 struct ecdh { ulong kdf, sharedLen; void *shared; ulong publicLen; unsigned char *public; };
 
 struct functions {
@@ -49,7 +50,7 @@ enum {
 	CKR_BUFFER_TOO_SMALL = 0x150,
 	CKA_CLASS = 0, CKA_VALUE = 0x11, CKA_KEY_TYPE = 0x100, CKA_SENSITIVE = 0x103, CKA_VALUE_LEN = 0x161, CKA_EC_POINT = 0x181,
 	CKM_ECDH1_DERIVE = 0x1050, CKM_AES_CTR = 0x1086, CKM_AES_GCM = 0x1087,
-	CKD_NULL = 1, CKF_SERIAL_SESSION = 4,
+	CKD_NULL = 1, CKF_SERIAL_SESSION = 4, CKF_USER_PIN_LOCKED = 0x40000,
 };
 
 enum {
@@ -363,6 +364,14 @@ static ulong do_C_GetSlotList(unsigned char present, ulong *slots, ulong *count)
 		return CKR_OK;
 	}
 	return LOAD(broken) ? CKR_DEVICE_ERROR : real->C_GetSlotList(present, slots, count);
+}
+
+static ulong do_C_GetTokenInfo(ulong slot, struct token *info)
+{
+	ulong rv = real->C_GetTokenInfo(slot, info);
+	if (rv == CKR_OK && SET(pin_locked))
+		info->flags |= CKF_USER_PIN_LOCKED;
+	return rv;
 }
 
 static ulong do_C_OpenSession(ulong slot, ulong flags, void *app, void *notify, ulong *s)
