@@ -123,24 +123,23 @@ func (k *Keyset) fill(c *connection) error {
 	return nil
 }
 
-// probe is a short check of a session, the login and each purpose's newest key: known values
-// opened, a known MAC made, a secret agreed on, a signature verified.
+// probe is a short check of a session, the login, and each purpose's newest key: that it is the key
+// that it was, and can do what it is for. It asks the generator, too.
 func (c *connection) probe(s session) error {
 	if err := s.loggedIn(); err != nil {
 		return err
 	}
 	for _, purpose := range Purposes() {
 		name := KeyName{purpose, c.newest[purpose]}
-		key := c.keys[name]
-		err := s.confirm(key, c.known[name])
-		if err == nil && kinds[purpose].keyType == pkcs11.CKK_EC {
-			_, err = s.prove(key)
+		if err := s.confirm(c.keys[name], c.known[name]); err != nil {
+			return err
 		}
-		if err != nil {
+		if _, err := s.prove(c.keys[name]); err != nil {
 			return err
 		}
 	}
-	return nil
+	_, err := s.random(1)
+	return err
 }
 
 // fault says whether err, from a call, is the token's: not the caller's.
