@@ -136,6 +136,46 @@ func TestRecyclingGivesWayToAHangingCall(t *testing.T) {
 	})
 }
 
+// An operator's login is not ended by a recycling. If somebody else initialises the module meanwhile,
+// the Keyset goes on all the same.
+func TestRecyclingSparesAnOperator(t *testing.T) {
+	t.Parallel()
+	s := tokentest.NewShimmed(t)
+	cfg := s.Config()
+	cfg.RecycleAfter = 20
+	keys := s.OpenKeyset(t, cfg)
+	admin, err := pkcs11util.OpenAdmin(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := s.Calls("C_Initialize")
+	multiply := func() {
+		t.Helper()
+		for range 100 {
+			if _, err := keys.Multiply(t.Context(), pkcs11util.Server, 1, generator); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	multiply()
+	if _, _, err := admin.Keys(); err != nil {
+		t.Errorf("the operator's login: %v", err)
+	}
+	if s.Calls("C_Initialize") != before {
+		t.Error("recycled")
+	}
+	s.Reinitialise(t)
+	multiply()
+	if n := s.Calls("C_Initialize") - before; n != 1 {
+		t.Errorf("initialised %d times", n)
+	}
+	admin.Close()
+	multiply()
+	if s.Calls("C_Initialize") < before+2 {
+		t.Error("not recycled")
+	}
+}
+
 // Whoever waits for a recycling does so within his context.
 func TestRecyclingRespectsContexts(t *testing.T) {
 	t.Parallel()

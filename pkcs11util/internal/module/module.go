@@ -220,15 +220,19 @@ func (m *Module) reinitialise(incarnation uint64) error {
 
 // Recycle is Reinitialise for its own sake: it has the module give back what it does not
 // free before. It answers ErrBusy, and nothing has happened, while somebody has
-// pinned the module, or if a call does not end soon.
+// pinned the module, or if a call does not end soon. If the module was initialised since
+// the given incarnation, there is nothing to do.
 func (m *Module) Recycle(ctx context.Context, incarnation uint64) error {
+	if now, err := m.Incarnation(ctx); err != nil || now != incarnation {
+		return err
+	}
 	ctx, cancel := context.WithTimeout(ctx, recycleTimeout)
 	defer cancel()
 	if err := m.gate.Acquire(ctx, wholeGate); err != nil {
 		return fmt.Errorf("%w: waiting for calls to leave it: %w", ErrBusy, err)
 	}
 	defer m.gate.Release(wholeGate)
-	if m.pins.Load() > 0 {
+	if m.pins.Load() > 0 && m.incarnation == incarnation {
 		return fmt.Errorf("%w: by an operator's login", ErrBusy)
 	}
 	return m.reinitialise(incarnation)
