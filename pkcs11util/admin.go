@@ -141,7 +141,7 @@ func (a *Admin) login(cfg Config) error {
 		}
 		return fmt.Errorf("token %q: %w", cfg.Label, err)
 	}
-	a.incarnation, a.session, a.unpin = incarnation, s, a.module.Pin()
+	a.incarnation, a.session, a.unpin = incarnation, s.under(cfg.Profile.orDefault()), a.module.Pin()
 	return nil
 }
 

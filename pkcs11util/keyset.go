@@ -29,6 +29,8 @@ type Config struct {
 	// give back before. Calls wait meanwhile, and none fails. Multiplying a point takes two objects.
 	// Default: 200,000 if the token is SoftHSM's, and never if it is not. -1: never.
 	RecycleAfter int
+	// Profile is how the token differs from others. Default: DefaultProfile.
+	Profile Profile
 	// Logger hears of faults and recoveries. Default: nobody.
 	Logger *slog.Logger
 }
@@ -59,6 +61,9 @@ func (cfg Config) check() error {
 	}
 	if cfg.RecycleAfter < -1 {
 		errs = append(errs, errors.New("the number of session objects after which to recycle is below -1"))
+	}
+	if err := cfg.Profile.orDefault().check(); err != nil {
+		errs = append(errs, fmt.Errorf("token profile: %w", err))
 	}
 	return errors.Join(errs...)
 }
@@ -100,6 +105,7 @@ func Open(ctx context.Context, cfg Config) (*Keyset, error) {
 	if cfg.Sessions == 0 {
 		cfg.Sessions = defaultSessions
 	}
+	cfg.Profile = cfg.Profile.orDefault()
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -392,6 +398,9 @@ func (k *Keyset) Sign(ctx context.Context, purpose string, generation uint32, di
 	})
 	return signature, err
 }
+
+// Strategy says how the token multiplies, ECDHDerive or ECDHDeriveWrap, for records to keep.
+func (k *Keyset) Strategy() string { return k.config.Profile.ECDH }
 
 // Newest is the generation of a purpose that new work uses, from memory: what SetCurrent said
 // last, before that the highest that was found. It is 0 for what is no purpose.

@@ -140,24 +140,22 @@ func (s session) signVerified(k *key, digest [32]byte) ([signatureBytes]byte, er
 	return signature, nil
 }
 
-// proveGCM shows that CKM_AES_GCM is AES-GCM with the IV and the associated data
-// that it was given: Go's GCM over the token's bare AES makes the same. A token that
+// proveGCM shows that CKM_AES_GCM is AES-GCM with the associated data that it was given
+// and the IV that it was given or gave: Go's GCM over the token's bare AES makes the same. A token that
 // ignored either would still open what it sealed.
 func (s session) proveGCM(k *key) error {
+	iv, got, err := s.encrypt(k, probeText, probeAssociated)
+	if err != nil {
+		return err
+	}
 	block := &tokenBlock{s: s, k: k}
-	iv := make([]byte, ivBytes)
-	_, _ = rand.Read(iv)
-	gcm, err := cipher.NewGCM(block)
+	gcm, err := cipher.NewGCMWithNonceSize(block, len(iv))
 	if err != nil {
 		return fmt.Errorf("GCM over %s: %w", k.name, err)
 	}
 	want := gcm.Seal(nil, iv, probeText, probeAssociated)
 	if block.err != nil {
 		return block.err
-	}
-	got, err := s.encrypt(k, iv, probeText, probeAssociated)
-	if err != nil {
-		return err
 	}
 	if !bytes.Equal(got, want) {
 		return fmt.Errorf("%w: what C_Encrypt makes under %s is not AES-GCM of its input", errFaulty, k.name)

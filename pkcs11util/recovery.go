@@ -62,6 +62,7 @@ func (k *Keyset) connect(ctx context.Context) (*connection, error) {
 	if c.anchor, err = openSession(k.module, slot, 0); err != nil {
 		return nil, err
 	}
+	c.anchor = c.anchor.under(k.config.Profile)
 	if err := k.fill(c); err != nil {
 		c.closeIdle()
 		c.anchor.close()
@@ -118,7 +119,7 @@ func (k *Keyset) fill(c *connection) error {
 		if err != nil {
 			return err
 		}
-		c.idle <- s
+		c.idle <- s.under(k.config.Profile)
 	}
 	return nil
 }
@@ -156,6 +157,7 @@ func (k *Keyset) mend(c *connection, s session, cause error) error {
 	// Wrong answers are not the session's doing.
 	if !errors.Is(cause, errFaulty) {
 		if fresh, err := openSession(k.module, c.slot, 0); err == nil {
+			fresh = fresh.under(k.config.Profile)
 			if c.probe(fresh) == nil {
 				k.log.Warn("token session replaced", "error", cause)
 				c.put(fresh)

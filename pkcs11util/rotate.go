@@ -338,14 +338,14 @@ var keyClasses = []uint{pkcs11.CKO_SECRET_KEY, pkcs11.CKO_PRIVATE_KEY, pkcs11.CK
 // change runs f with a session of its own that may write, and nobody else at the token's objects.
 func (k *Keyset) change(ctx context.Context, f func(s session, c *connection) error) error {
 	return k.call(ctx, func(_ session, c *connection) error {
-		s, err := openSession(k.module.Ctx, c.slot, pkcs11.CKF_RW_SESSION)
+		s, err := openSession(k.module, c.slot, pkcs11.CKF_RW_SESSION)
 		if err != nil {
 			return err
 		}
 		defer s.close()
 		k.module.Objects.Lock()
 		defer k.module.Objects.Unlock()
-		return f(s, c)
+		return f(s.under(k.config.Profile), c)
 	})
 }
 

@@ -1,46 +1,64 @@
 package pkcs11util
 
 import (
-	"crypto/rand"
 	"encoding/binary"
 	"fmt"
 )
 
 // A sealed value is
 //
-//	version (1) ‖ key generation (4) ‖ IV scheme (1) ‖ id (16) ‖ IV (12) ‖ ciphertext ‖ tag (16)
+//	version (1) ‖ key generation (4) ‖ IV scheme (1) ‖ id (16) ‖ IV (12 or 16) ‖ ciphertext ‖ tag (16)
 //
 // with integers big endian. The first four fields are its header. The associated data of
 // AES-GCM (NIST SP 800-38D) is
 //
 //	header ‖ length of purpose (4) ‖ purpose ‖ the caller's associated data
+//
+// The IV scheme says who made the IV, in its low four bits, and by how many bytes the IV is
+// longer than 12, in its high four. The IV is in its place whatever the token did with it.
 const (
 	sealedVersion = 1
-	// ivOurs: 12 random bytes, made by this process, before the ciphertext (SP 800-38D section 8.2.2).
-	ivOurs = 1
 
 	idBytes     = 16
 	headerBytes = 1 + 4 + 1 + idBytes
-	ivBytes     = 12
+	ivBytes     = 12 // SP 800-38D section 8.2; made by this process, all are random (section 8.2.2)
+	longIVBytes = 16
 	tagBytes    = 16
 
 	// maxPlaintextBytes keeps one operation within what tokens take in one C_Encrypt; AWS CloudHSM
 	// 5 takes 16,224 bytes.
 	maxPlaintextBytes = 8192
-	minSealedBytes    = headerBytes + ivBytes + 1 + tagBytes
-	maxSealedBytes    = headerBytes + ivBytes + maxPlaintextBytes + tagBytes
 )
 
-// sealedHeader is a sealed value's header, of version 1 and IV scheme ours.
+// ivSchemes are the numbers of a profile's IV in sealed values.
+var ivSchemes = map[string]byte{IVOurs: 1, IVWrittenBack: 2, IVAppended: 3, IVPrepended: 4}
+
+// scheme is the IV scheme of what is sealed under the profile.
+func (p Profile) scheme() byte { return byte(p.IVBytes-ivBytes)<<4 | ivSchemes[p.IV] }
+
+// schemeIVBytes is the length of an IV scheme's IVs; ok is false if there is no such scheme.
+func schemeIVBytes(scheme byte) (n int, ok bool) {
+	maker, longer := scheme&0xf, int(scheme>>4)
+	switch {
+	case maker < ivSchemes[IVOurs] || maker > ivSchemes[IVPrepended]:
+		return 0, false
+	case longer == 0, ivBytes+longer == longIVBytes && maker != ivSchemes[IVOurs]:
+		return ivBytes + longer, true
+	}
+	return 0, false
+}
+
+// sealedHeader is a sealed value's header, of version 1.
 type sealedHeader struct {
 	generation uint32
+	scheme     byte
 	id         [idBytes]byte
 }
 
 func (h sealedHeader) append(b []byte) []byte {
 	b = append(b, sealedVersion)
 	b = binary.BigEndian.AppendUint32(b, h.generation)
-	b = append(b, ivOurs)
+	b = append(b, h.scheme)
 	return append(b, h.id[:]...)
 }
 
@@ -54,27 +72,30 @@ func (h sealedHeader) associated(purpose string, associated []byte) []byte {
 
 // parseSealed takes a sealed value apart. ok is false for whatever seal cannot have made.
 func parseSealed(b []byte) (h sealedHeader, iv, ciphertext []byte, ok bool) {
-	if len(b) < minSealedBytes || len(b) > maxSealedBytes || b[0] != sealedVersion || b[5] != ivOurs {
+	if len(b) < headerBytes || b[0] != sealedVersion {
 		return sealedHeader{}, nil, nil, false
 	}
 	h.generation = binary.BigEndian.Uint32(b[1:5])
+	h.scheme = b[5]
 	copy(h.id[:], b[6:headerBytes])
+	n, ok := schemeIVBytes(h.scheme)
 	b = b[headerBytes:]
-	return h, b[:ivBytes], b[ivBytes:], true
+	if !ok || len(b) < n+1+tagBytes || len(b) > n+maxPlaintextBytes+tagBytes {
+		return sealedHeader{}, nil, nil, false
+	}
+	return h, b[:n], b[n:], true
 }
 
 // seal encrypts under k.
 func (s session) seal(k *key, id [idBytes]byte, plaintext, associated []byte) ([]byte, error) {
-	if len(plaintext) == 0 || len(plaintext) > maxPlaintextBytes {
-		return nil, fmt.Errorf("sealing %d bytes: must be 1 to %d", len(plaintext), maxPlaintextBytes)
+	if len(plaintext) == 0 || len(plaintext) > s.profile.MaxDataBytes {
+		return nil, fmt.Errorf("sealing %d bytes: must be 1 to %d", len(plaintext), s.profile.MaxDataBytes)
 	}
-	h := sealedHeader{k.name.Generation, id}
-	out := h.append(make([]byte, 0, headerBytes+ivBytes+len(plaintext)+tagBytes))
-	var iv [ivBytes]byte
-	_, _ = rand.Read(iv[:]) // crypto/rand never fails: it ends the process first
-	ciphertext, err := s.encrypt(k, iv[:], plaintext, h.associated(k.name.Purpose, associated))
+	h := sealedHeader{k.name.Generation, s.profile.scheme(), id}
+	iv, ciphertext, err := s.encrypt(k, plaintext, h.associated(k.name.Purpose, associated))
 	if err != nil {
 		return nil, err
 	}
-	return append(append(out, iv[:]...), ciphertext...), nil
+	out := h.append(make([]byte, 0, headerBytes+len(iv)+len(ciphertext)))
+	return append(append(out, iv...), ciphertext...), nil
 }

@@ -6,14 +6,14 @@ import (
 )
 
 func validSealed() []byte {
-	b := sealedHeader{generation: 7, id: [16]byte{1, 2, 3}}.append(nil)
+	b := sealedHeader{generation: 7, scheme: 1, id: [16]byte{1, 2, 3}}.append(nil)
 	return append(b, bytes.Repeat([]byte{9}, ivBytes+1+tagBytes)...)
 }
 
 func FuzzParseSealed(f *testing.F) {
 	f.Add([]byte{})
 	f.Add(validSealed())
-	f.Add(validSealed()[:minSealedBytes-1])
+	f.Add(validSealed()[:len(validSealed())-1])
 	f.Add(append(validSealed(), make([]byte, maxPlaintextBytes)...))
 	other := validSealed()
 	other[0] = 2
@@ -21,12 +21,15 @@ func FuzzParseSealed(f *testing.F) {
 	other = validSealed()
 	other[5] = 2
 	f.Add(other)
+	other = append(validSealed(), make([]byte, longIVBytes-ivBytes)...)
+	other[5] = 0x43
+	f.Add(other)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		h, iv, ciphertext, ok := parseSealed(b)
 		if !ok {
 			return
 		}
-		if len(iv) != ivBytes || len(ciphertext) <= tagBytes || len(ciphertext) > maxPlaintextBytes+tagBytes {
+		if len(iv) != ivBytes && len(iv) != longIVBytes || len(ciphertext) <= tagBytes || len(ciphertext) > maxPlaintextBytes+tagBytes {
 			t.Fatalf("accepted an IV of %d bytes and a ciphertext of %d", len(iv), len(ciphertext))
 		}
 		if again := append(append(h.append(nil), iv...), ciphertext...); !bytes.Equal(again, b) {
@@ -51,7 +54,10 @@ func TestParseSealedRefuses(t *testing.T) {
 		"too long":         append(bytes.Clone(good), make([]byte, maxPlaintextBytes)...),
 		"version 0":        change(0, 0),
 		"version 2":        change(0, 2),
-		"unknown IV":       change(5, 2),
+		"unknown IV":       change(5, 5),
+		"our IV, long":     append(change(5, 0x41), 0, 0, 0, 0),
+		"IV of 13 bytes":   append(change(5, 0x12), 0),
+		"no room for IV":   change(5, 0x43),
 		"IV scheme zero":   change(5, 0),
 		"header and no IV": good[:headerBytes],
 	} {
@@ -72,7 +78,7 @@ func TestAssociatedDataIsInjective(t *testing.T) {
 		}
 		seen[a] = c[0] + "|" + c[1]
 	}
-	for _, other := range []sealedHeader{{generation: 2}, {generation: 1, id: [16]byte{1}}} {
+	for _, other := range []sealedHeader{{generation: 2}, {generation: 1, scheme: 1}, {generation: 1, id: [16]byte{1}}} {
 		if bytes.Equal(h.associated(Master, nil), other.associated(Master, nil)) {
 			t.Errorf("%v and %v have the same associated data", h, other)
 		}

@@ -1,6 +1,9 @@
 package pkcs11util
 
 import (
+	"bytes"
+	"crypto/rand"
+	"encoding/asn1"
 	"fmt"
 	"sync/atomic"
 
@@ -16,6 +19,22 @@ type session struct {
 	p      *pkcs11.Ctx
 	handle pkcs11.SessionHandle
 	made   *atomic.Int64 // session objects, by all sessions of the module
+
+	profile  Profile      // set by under
+	wrapping *wrappingKey // likewise
+}
+
+// wrappingKey is an AES key of this process's, in the token for as long as one session. What
+// the token wraps under it, this process can read.
+type wrappingKey struct {
+	handle pkcs11.ObjectHandle // 0: not made yet
+	value  [secretKeyBytes]byte
+}
+
+// under is the session of a token with this profile.
+func (s session) under(profile Profile) session {
+	s.profile, s.wrapping = profile, &wrappingKey{}
+	return s
 }
 
 func openSession(m *module.Module, slot uint, flags uint) (session, error) {
@@ -23,7 +42,7 @@ func openSession(m *module.Module, slot uint, flags uint) (session, error) {
 	if err != nil {
 		return session{}, fmt.Errorf("C_OpenSession: %w", err)
 	}
-	return session{m.Ctx, h, &m.SessionObjects}, nil
+	return session{p: m.Ctx, handle: h, made: &m.SessionObjects}, nil
 }
 
 // close gives the session back. It may be one that is gone already.
@@ -91,54 +110,125 @@ func (s session) attributes(h pkcs11.ObjectHandle, types ...uint) ([][]byte, err
 	return values, nil
 }
 
-// x is the x-coordinate of k·P, where P is given uncompressed: CKM_ECDH1_DERIVE without a key
-// derivation function (CKD_NULL), into a readable secret that is destroyed at once. SoftHSM 2.6.1
-// keeps 400 to 650 bytes of each session object until C_Finalize all the same.
+// x is the x-coordinate of k·P, where P is given uncompressed: CKM_ECDH1_DERIVE
+// without a key derivation function (CKD_NULL), into a session object that is read, or wrapped out and
+// unwrapped here, and destroyed at once. SoftHSM 2.6.1 keeps 400 to 650 bytes of each session object
+// until C_Finalize all the same.
 func (s session) x(k *key, uncompressed []byte) (x [fieldBytes]byte, err error) {
-	params := pkcs11.NewECDH1DeriveParams(pkcs11.CKD_NULL, nil, uncompressed)
-	secret, err := s.p.DeriveKey(s.handle, mechanism(pkcs11.CKM_ECDH1_DERIVE, params), k.handle, []*pkcs11.Attribute{
+	peer := uncompressed
+	if s.profile.PeerPoint == PointDER {
+		if peer, err = asn1.Marshal(uncompressed); err != nil {
+			return x, fmt.Errorf("encoding a point: %w", err)
+		}
+	}
+	template := []*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
 		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_GENERIC_SECRET),
-		pkcs11.NewAttribute(pkcs11.CKA_VALUE_LEN, fieldBytes),
 		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, false),
 		pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true),
-		pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, false),
+		pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, s.profile.ECDH == ECDHDeriveWrap),
 		pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, true),
-	})
+	}
+	if s.profile.DeriveValueLen == ValueLenGiven {
+		template = append(template, pkcs11.NewAttribute(pkcs11.CKA_VALUE_LEN, fieldBytes))
+	}
+	params := pkcs11.NewECDH1DeriveParams(pkcs11.CKD_NULL, nil, peer)
+	secret, err := s.p.DeriveKey(s.handle, mechanism(pkcs11.CKM_ECDH1_DERIVE, params), k.handle, template)
 	if err != nil {
 		return x, fmt.Errorf("C_DeriveKey under %s: %w", k.name, err)
 	}
 	s.made.Add(1)
-	values, err := s.attributes(secret, pkcs11.CKA_VALUE)
+	var value []byte
+	if s.profile.ECDH == ECDHDeriveWrap {
+		value, err = s.wrapOut(secret)
+	} else {
+		var values [][]byte
+		if values, err = s.attributes(secret, pkcs11.CKA_VALUE); err == nil {
+			value = values[0]
+		}
+	}
+	defer clear(value)
 	if destroyErr := s.p.DestroyObject(s.handle, secret); err == nil && destroyErr != nil {
 		err = fmt.Errorf("C_DestroyObject: %w", destroyErr)
 	}
 	if err != nil {
 		return x, fmt.Errorf("reading what %s derived: %w", k.name, err)
 	}
-	defer clear(values[0])
-	if len(values[0]) != fieldBytes {
-		return x, fmt.Errorf("%w: C_DeriveKey under %s gave %d bytes", errFaulty, k.name, len(values[0]))
+	if len(value) != fieldBytes {
+		return x, fmt.Errorf("%w: C_DeriveKey under %s gave %d bytes", errFaulty, k.name, len(value))
 	}
-	return [fieldBytes]byte(values[0]), nil
+	return [fieldBytes]byte(value), nil
 }
 
-// encrypt is AES-GCM with a 128-bit tag. iv must hold 12 bytes and associated at least one: SoftHSM
-// 2.6.1 takes a missing IV for one of zeros, and some builds abort on empty associated data.
-func (s session) encrypt(k *key, iv, plaintext, associated []byte) ([]byte, error) {
-	params := pkcs11.NewGCMParams(iv, associated, tagBytes*8)
+// wrapOut is the value of a sensitive object: wrapped in the token, unwrapped here.
+func (s session) wrapOut(secret pkcs11.ObjectHandle) ([]byte, error) {
+	w := s.wrapping
+	if w.handle == 0 {
+		_, _ = rand.Read(w.value[:]) // crypto/rand never fails: it ends the process first
+		handle, err := s.p.CreateObject(s.handle, []*pkcs11.Attribute{
+			pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
+			pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
+			pkcs11.NewAttribute(pkcs11.CKA_VALUE, w.value[:]),
+			pkcs11.NewAttribute(pkcs11.CKA_TOKEN, false),
+			pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true),
+			pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, true),
+			pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, false),
+			pkcs11.NewAttribute(pkcs11.CKA_WRAP, true),
+		})
+		if err != nil {
+			return nil, fmt.Errorf("C_CreateObject of the wrapping key: %w", err)
+		}
+		w.handle = handle
+	}
+	wrapped, err := s.p.WrapKey(s.handle, mechanism(pkcs11.CKM_AES_KEY_WRAP, nil), w.handle, secret)
+	if err != nil {
+		return nil, fmt.Errorf("C_WrapKey: %w", err)
+	}
+	return unwrap(w.value, wrapped)
+}
+
+// encrypt is AES-GCM with a 128-bit tag, under an IV that comes back. associated must hold at
+// least one byte, and so does the IV: SoftHSM 2.6.1 takes a missing IV for one of zeros, and some builds
+// abort on empty associated data.
+func (s session) encrypt(k *key, plaintext, associated []byte) (iv, ciphertext []byte, err error) {
+	given := make([]byte, s.profile.IVBytes)
+	if s.profile.IV == IVOurs {
+		_, _ = rand.Read(given) // crypto/rand never fails: it ends the process first
+	}
+	params := pkcs11.NewGCMParams(given, associated, tagBytes*8)
 	defer params.Free()
 	if err := s.p.EncryptInit(s.handle, mechanism(pkcs11.CKM_AES_GCM, params), k.handle); err != nil {
-		return nil, fmt.Errorf("C_EncryptInit under %s: %w", k.name, err)
+		return nil, nil, fmt.Errorf("C_EncryptInit under %s: %w", k.name, err)
 	}
-	ciphertext, err := s.p.Encrypt(s.handle, plaintext)
+	out, err := s.p.Encrypt(s.handle, plaintext)
 	if err != nil {
-		return nil, fmt.Errorf("C_Encrypt under %s: %w", k.name, err)
+		return nil, nil, fmt.Errorf("C_Encrypt under %s: %w", k.name, err)
 	}
-	if len(ciphertext) != len(plaintext)+tagBytes {
-		return nil, fmt.Errorf("%w: C_Encrypt under %s gave %d bytes for %d", errFaulty, k.name, len(ciphertext), len(plaintext))
+	left := params.IV()
+	want := len(plaintext) + tagBytes
+	if s.profile.IV == IVAppended || s.profile.IV == IVPrepended {
+		want += s.profile.IVBytes
 	}
-	return ciphertext, nil
+	if len(out) != want {
+		return nil, nil, fmt.Errorf("%w: C_Encrypt under %s gave %d bytes for %d", errFaulty, k.name, len(out), len(plaintext))
+	}
+	switch s.profile.IV {
+	case IVOurs:
+		iv, ciphertext = given, out
+		if !bytes.Equal(left, given) {
+			return nil, nil, fmt.Errorf("%w: C_Encrypt under %s used an IV of its own", errFaulty, k.name)
+		}
+	case IVWrittenBack:
+		iv, ciphertext = left, out
+	case IVAppended:
+		ciphertext, iv = out[:len(out)-s.profile.IVBytes], out[len(out)-s.profile.IVBytes:]
+	case IVPrepended:
+		iv, ciphertext = out[:s.profile.IVBytes], out[s.profile.IVBytes:]
+	}
+	if bytes.Equal(iv, make([]byte, s.profile.IVBytes)) {
+		return nil, nil, fmt.Errorf("%w: C_Encrypt under %s made no IV", errFaulty, k.name)
+	}
+	return iv, ciphertext, nil
 }
 
 // decrypt undoes encrypt. refused is an error of C_Decrypt itself that a wrong tag may have caused,
@@ -146,12 +236,16 @@ func (s session) encrypt(k *key, iv, plaintext, associated []byte) ([]byte, erro
 // does not free its output buffer, which is as long as the ciphertext: some 280 bytes for each
 // forgery of that size, for as long as the process lives.
 func (s session) decrypt(k *key, iv, ciphertext, associated []byte) (plaintext []byte, refused, err error) {
-	params := pkcs11.NewGCMParams(iv, associated, tagBytes*8)
+	given, data := iv, ciphertext
+	if s.profile.IV == IVPrepended && len(iv) == s.profile.IVBytes {
+		given, data = nil, append(bytes.Clone(iv), ciphertext...) // the token takes it from there
+	}
+	params := pkcs11.NewGCMParams(given, associated, tagBytes*8)
 	defer params.Free()
 	if err := s.p.DecryptInit(s.handle, mechanism(pkcs11.CKM_AES_GCM, params), k.handle); err != nil {
 		return nil, nil, fmt.Errorf("C_DecryptInit under %s: %w", k.name, err)
 	}
-	plaintext, err = s.p.Decrypt(s.handle, ciphertext)
+	plaintext, err = s.p.Decrypt(s.handle, data)
 	if err != nil {
 		wrapped := fmt.Errorf("C_Decrypt under %s: %w", k.name, err)
 		if mayBeWrongTag(err) {

@@ -134,7 +134,7 @@ func (v *Vault) Stage(ctx context.Context, c Caller, s Staging) (*Generation, er
 			Number: e.NextNumber, ID: id, Follows: state.follows, State: Staged,
 			CreatedAt: e.now, ExpiresAt: e.now.Add(StagedLifetime),
 			Digest: digest, OwnerKey: s.OwnerKey, KSF: s.KSF, Sealed: sealed,
-			OPRFKey: state.oprfKey, ServerKey: state.serverKey, Strategy: StrategyDerive,
+			OPRFKey: state.oprfKey, ServerKey: state.serverKey, Strategy: v.token.Strategy(),
 		})
 		e.NextNumber++
 		e.keys = []Key{{purposeMaster, SealedUnder(sealed)}, {purposeOPRF, state.oprfKey}, {purposeServer, state.serverKey}}

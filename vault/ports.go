@@ -93,6 +93,8 @@ type Token interface {
 	Newest(purpose string) uint32
 	// Generations are those of purpose that the token holds, the lowest first.
 	Generations(purpose string) []uint32
+	// Strategy is how the token multiplies, for records to keep: 1 to 64 bytes.
+	Strategy() string
 	// Random returns n bytes from the token's generator.
 	Random(ctx context.Context, n int) ([]byte, error)
 }

@@ -29,12 +29,12 @@ func (c *tokenInitCommand) Run(e *environment) error {
 	if err := errors.Join(problems...); err != nil {
 		return err
 	}
-	pin, pinErr := pkcs11util.ReadPIN(c.Token.PINFile)
+	token, tokenErr := c.Token.Config()
 	soPIN, soErr := pkcs11util.ReadPIN(c.SOPINFile)
-	if err := errors.Join(pinErr, soErr); err != nil {
+	if err := errors.Join(tokenErr, soErr); err != nil {
 		return err
 	}
-	report, err := provision.Run(provision.Config{Module: c.Token.Module, Label: c.Token.Label, SOPIN: soPIN, PIN: pin})
+	report, err := provision.Run(provision.Config{Module: token.Module, Label: token.Label, SOPIN: soPIN, PIN: token.PIN, Profile: token.Profile})
 	for _, print := range []struct {
 		what string
 		keys []pkcs11util.KeyName
@@ -64,13 +64,14 @@ func (c *identityCommand) Run(e *environment) error {
 	if err := errors.Join(problems...); err != nil {
 		return err
 	}
-	pin, err := pkcs11util.ReadPIN(c.Token.PINFile)
+	token, err := c.Token.Config()
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(e.ctx, time.Minute)
 	defer cancel()
-	keys, err := pkcs11util.Open(ctx, pkcs11util.Config{Module: c.Token.Module, Label: c.Token.Label, PIN: pin, Logger: e.log})
+	token.Logger = e.log
+	keys, err := pkcs11util.Open(ctx, token)
 	if err != nil {
 		return err
 	}

@@ -65,13 +65,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	}
 	defer db.Close()
 
-	pin, err := pkcs11util.ReadPIN(c.Token.PINFile)
+	token, err := c.Token.Config()
 	if err != nil {
 		return err
 	}
-	keys, err := pkcs11util.Open(ctx, pkcs11util.Config{
-		Module: c.Token.Module, Label: c.Token.Label, PIN: pin, Sessions: c.Sessions, Logger: log,
-	})
+	token.Sessions, token.Logger = c.Sessions, log
+	keys, err := pkcs11util.Open(ctx, token)
 	if err != nil {
 		return fmt.Errorf("opening the token: %w", err)
 	}

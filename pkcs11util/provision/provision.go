@@ -28,6 +28,8 @@ type Config struct {
 	Label  string         // of the token, at most 32 bytes
 	SOPIN  pkcs11util.PIN // the security officer's, used if the token has to be initialised
 	PIN    pkcs11util.PIN // the user's
+	// Profile is how the token differs from others. Default: pkcs11util.DefaultProfile.
+	Profile pkcs11util.Profile
 }
 
 // Report says what was done.
@@ -73,7 +75,7 @@ func Run(cfg Config) (Report, error) {
 }
 
 func (cfg Config) login() pkcs11util.Config {
-	return pkcs11util.Config{Module: cfg.Module, Label: cfg.Label, PIN: cfg.PIN}
+	return pkcs11util.Config{Module: cfg.Module, Label: cfg.Label, PIN: cfg.PIN, Profile: cfg.Profile}
 }
 
 func survey(cfg Config, report *Report) (missing []pkcs11util.KeyName, err error) {

@@ -226,6 +226,9 @@ func (t *SoftToken) Generations(purpose string) (held []uint32) {
 	return held
 }
 
+// Strategy implements vault.Token.
+func (t *SoftToken) Strategy() string { return vault.StrategyDerive }
+
 // Random implements vault.Token.
 func (t *SoftToken) Random(ctx context.Context, n int) ([]byte, error) {
 	if err := t.begin(ctx, "random"); err != nil {

@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"github.com/alecthomas/kong"
+
+	"github.com/backup-key-vault/bkv/pkcs11util"
 )
 
 // Token says which PKCS#11 token to use.
@@ -24,6 +26,7 @@ type Token struct {
 	Module  string `default:"/usr/lib/softhsm/libsofthsm2.so" env:"BKV_TOKEN_MODULE" placeholder:"FILE" help:"PKCS#11 module, a shared library."`
 	Label   string `default:"bkv" env:"BKV_TOKEN_LABEL" placeholder:"LABEL" help:"Label of the token, 1 to 32 bytes."`
 	PINFile string `name:"pin-file" env:"BKV_TOKEN_PIN_FILE" placeholder:"FILE" help:"File that holds the token's user PIN; a line break at its end is ignored."`
+	Profile string `env:"BKV_TOKEN_PROFILE" placeholder:"FILE" help:"File that says how the token differs from others, as 'vaultctl token check' proposes it. None for SoftHSM and tokens that behave alike."`
 }
 
 // maxLabelBytes is what a token has room for (PKCS #11 v2.40 section 3.2, CK_TOKEN_INFO).
@@ -41,6 +44,17 @@ func (t Token) Problems() (problems []error) {
 		problems = append(problems, errors.New("--token-pin-file: name the file that holds the token's user PIN"))
 	}
 	return problems
+}
+
+// Config reads the files that are named.
+func (t Token) Config() (pkcs11util.Config, error) {
+	cfg := pkcs11util.Config{Module: t.Module, Label: t.Label}
+	var pinErr, profileErr error
+	cfg.PIN, pinErr = pkcs11util.ReadPIN(t.PINFile)
+	if t.Profile != "" {
+		cfg.Profile, profileErr = pkcs11util.ReadProfile(t.Profile)
+	}
+	return cfg, errors.Join(pinErr, profileErr)
 }
 
 // Database says which Postgres to use.

@@ -1,0 +1,142 @@
+package pkcs11util
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// Who makes the IV of AES-GCM, and where a token that makes it gives it back.
+const (
+	IVOurs        = "ours"         // this process, at random; the token uses what it is given
+	IVWrittenBack = "written-back" // the token, over the zeros that it is given (AWS CloudHSM 5)
+	IVAppended    = "appended"     // the token, after the tag (Luna 7 in FIPS mode)
+	IVPrepended   = "prepended"    // the token, before the ciphertext
+)
+
+// How x-coordinates come out of CKM_ECDH1_DERIVE. Records keep the strategy that they were
+// made under. The key is the same in both, so that either serves the other's records.
+const (
+	ECDHDerive     = "derive"      // into a readable secret
+	ECDHDeriveWrap = "derive-wrap" // into a sensitive secret, wrapped out under a key of this process
+)
+
+// Whether C_DeriveKey is told CKA_VALUE_LEN, and how it is given the peer's point.
+const (
+	ValueLenGiven   = "given"
+	ValueLenLeftOut = "left-out"
+
+	PointRaw = "raw" // 65 bytes, as PKCS #11 v2.40 (mechanisms, section 2.3.10) prefers
+	PointDER = "der" // the same in a DER OCTET STRING, which it also allows
+)
+
+// minDataBytes is more than the largest value that the vault seals.
+const minDataBytes = 512
+
+// Profile says in what a token differs from others of the same standard. How CKA_EC_POINT
+// reads is not part of it: its two forms are told apart by their lengths. A profile is
+// found by [Admin.Check], and kept as a small JSON file, all members present.
+type Profile struct {
+	// IV is IVOurs, IVWrittenBack, IVAppended or IVPrepended. Values that were sealed under another
+	// open as long as the token can decrypt with a given IV.
+	IV string `json:"iv"`
+	// IVBytes is the IV's length: 12 or 16, and 12 if the IV is ours.
+	IVBytes int `json:"iv_bytes"`
+	// ECDH is ECDHDerive or ECDHDeriveWrap.
+	ECDH string `json:"ecdh"`
+	// DeriveValueLen is ValueLenGiven or ValueLenLeftOut.
+	DeriveValueLen string `json:"derive_value_len"`
+	// PeerPoint is PointRaw or PointDER.
+	PeerPoint string `json:"peer_point"`
+	// MaxDataBytes is the most that one C_Encrypt takes: 512 to 8,192.
+	MaxDataBytes int `json:"max_data_bytes"`
+}
+
+// DefaultProfile is SoftHSM's, and of most tokens.
+func DefaultProfile() Profile {
+	return Profile{
+		IV: IVOurs, IVBytes: ivBytes, ECDH: ECDHDerive,
+		DeriveValueLen: ValueLenGiven, PeerPoint: PointRaw, MaxDataBytes: maxPlaintextBytes,
+	}
+}
+
+// orDefault is p, or the default profile in the place of none.
+func (p Profile) orDefault() Profile {
+	if p == (Profile{}) {
+		return DefaultProfile()
+	}
+	return p
+}
+
+// check names everything that is wrong, by the members of the file.
+func (p Profile) check() error {
+	var errs []error
+	oneOf := func(member, got string, want ...string) {
+		for _, w := range want {
+			if got == w {
+				return
+			}
+		}
+		errs = append(errs, fmt.Errorf("%s: want one of %q, got %q", member, want, got))
+	}
+	oneOf("iv", p.IV, IVOurs, IVWrittenBack, IVAppended, IVPrepended)
+	if p.IVBytes != ivBytes && (p.IVBytes != longIVBytes || p.IV == IVOurs) {
+		errs = append(errs, fmt.Errorf("iv_bytes: want 12, or 16 if the token makes the IV, got %d", p.IVBytes))
+	}
+	oneOf("ecdh", p.ECDH, ECDHDerive, ECDHDeriveWrap)
+	oneOf("derive_value_len", p.DeriveValueLen, ValueLenGiven, ValueLenLeftOut)
+	oneOf("peer_point", p.PeerPoint, PointRaw, PointDER)
+	if p.MaxDataBytes < minDataBytes || p.MaxDataBytes > maxPlaintextBytes {
+		errs = append(errs, fmt.Errorf("max_data_bytes: want %d to %d, got %d", minDataBytes, maxPlaintextBytes, p.MaxDataBytes))
+	}
+	return errors.Join(errs...)
+}
+
+// maxProfileBytes keeps a wrong path from being read whole.
+const maxProfileBytes = 4096
+
+// ReadProfile reads a profile from a JSON file. Members that are missing, unknown or there twice, and
+// values that are out of range, are errors.
+func ReadProfile(path string) (Profile, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return Profile{}, fmt.Errorf("token profile: %w", err)
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxProfileBytes+1))
+	if err != nil {
+		return Profile{}, fmt.Errorf("token profile: %w", err)
+	}
+	if len(b) > maxProfileBytes {
+		return Profile{}, fmt.Errorf("token profile %s holds more than %d bytes", path, maxProfileBytes)
+	}
+	p, err := parseProfile(b)
+	if err != nil {
+		return Profile{}, fmt.Errorf("token profile %s: %w", path, err)
+	}
+	return p, nil
+}
+
+func parseProfile(b []byte) (Profile, error) {
+	var p Profile
+	if err := json.Unmarshal(b, &p, json.RejectUnknownMembers(true)); err != nil {
+		return Profile{}, err
+	}
+	if err := p.check(); err != nil { // a member that is missing is one with a wrong value
+		return Profile{}, err
+	}
+	return p, nil
+}
+
+// File is the profile as ReadProfile takes it.
+func (p Profile) File() ([]byte, error) {
+	b, err := json.Marshal(p, jsontext.Multiline(true), jsontext.WithIndent("  "))
+	if err != nil {
+		return nil, fmt.Errorf("token profile: %w", err)
+	}
+	return append(b, '\n'), nil
+}
