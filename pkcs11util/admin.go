@@ -99,6 +99,8 @@ type Admin struct {
 	incarnation uint64
 	session     session
 	unpin       func()
+
+	profileGiven bool
 }
 
 // OpenAdmin logs in. A refused PIN is ErrPINRefused.
@@ -142,6 +144,7 @@ func (a *Admin) login(cfg Config) error {
 		return fmt.Errorf("token %q: %w", cfg.Label, err)
 	}
 	a.incarnation, a.session, a.unpin = incarnation, s.under(cfg.Profile.orDefault()), a.module.Pin()
+	a.profileGiven = cfg.Profile != (Profile{})
 	return nil
 }
 
