@@ -479,8 +479,11 @@ func (s session) slot() (uint, error) {
 	return info.SlotID, nil
 }
 
-// rateTime bounds the measuring of each rate.
-const rateTime = 200 * time.Millisecond
+// The measuring of a rate ends with the first of these.
+const (
+	rateTime       = 500 * time.Millisecond
+	rateOperations = 500
+)
 
 var errNoRates = errors.New("an operation failed while it was measured")
 
@@ -511,7 +514,7 @@ func (c *checker) rates(s session) CheckLine {
 		{"sign", func() error { _, err := s.sign(identity.key, [32]byte{1}); return err }},
 	} {
 		begun, n := time.Now(), 0
-		for ; time.Since(begun) < rateTime; n++ {
+		for ; n < rateOperations && time.Since(begun) < rateTime; n++ {
 			if err := m.run(); err != nil {
 				return warned("", "%v: %v", errNoRates, err)
 			}
