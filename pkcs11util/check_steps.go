@@ -180,25 +180,67 @@ func (c *checker) wrongTag(s session, k *key) CheckLine {
 	return okay("refused, and so is a change in ciphertext or IV")
 }
 
+// provingLine is the line of the check that prove goes through for a purpose.
+func provingLine(purpose string) string {
+	switch purpose {
+	case Master, State:
+		return lineGCM
+	case MAC:
+		return lineHMAC
+	case Identity, Audit:
+		return lineECDSA
+	}
+	return lineECDH
+}
+
+// examine is what the check does with its own keys and can be done with those in use: it
+// writes nothing. An error names the line.
+func (s session) examine(k *key) error {
+	if s.readsValue(k) {
+		return fmt.Errorf("token check, line %q: %w: the key is given to who asks for it", lineValue, errFaulty)
+	}
+	if !seals(k.name.Purpose) {
+		return nil
+	}
+	one, _, err := s.encrypt(k, probeText, probeAssociated)
+	if err != nil {
+		return fmt.Errorf("token check, line %q: %w", lineIVs, err)
+	}
+	other, _, err := s.encrypt(k, probeText, probeAssociated)
+	if err == nil && bytes.Equal(one, other) {
+		err = fmt.Errorf("%w: an IV came twice", errFaulty)
+	}
+	if err != nil {
+		return fmt.Errorf("token check, line %q: %w", lineIVs, err)
+	}
+	if err := s.refusesForgeries(k); err != nil {
+		return fmt.Errorf("token check, line %q: %w", lineTag, err)
+	}
+	return nil
+}
+
 // refusesForgeries shows that a change anywhere in a sealed value is noticed.
 func (s session) refusesForgeries(k *key) error {
 	iv, ciphertext, err := s.encrypt(k, probeText, probeAssociated)
 	if err != nil {
 		return err
 	}
-	for what, forge := range map[string]func(iv, ciphertext []byte){
-		"a wrong tag":        func(_, c []byte) { c[len(c)-1] ^= 1 },
-		"another ciphertext": func(_, c []byte) { c[0] ^= 1 },
-		"another IV":         func(iv, _ []byte) { iv[0] ^= 1 },
+	for _, f := range []struct {
+		what  string
+		forge func(iv, ciphertext []byte)
+	}{
+		{"a wrong tag", func(_, c []byte) { c[len(c)-1] ^= 1 }},
+		{"another ciphertext", func(_, c []byte) { c[0] ^= 1 }},
+		{"another IV", func(iv, _ []byte) { iv[0] ^= 1 }},
 	} {
 		otherIV, other := bytes.Clone(iv), bytes.Clone(ciphertext)
-		forge(otherIV, other)
+		f.forge(otherIV, other)
 		_, refused, err := s.decrypt(k, otherIV, other, probeAssociated)
 		if err != nil && !errors.Is(err, errFaulty) {
-			return fmt.Errorf("with %s: %w", what, err)
+			return fmt.Errorf("with %s: %w", f.what, err)
 		}
 		if refused == nil {
-			return fmt.Errorf("%w: C_Decrypt opens a value with %s", errFaulty, what)
+			return fmt.Errorf("%w: C_Decrypt opens a value with %s", errFaulty, f.what)
 		}
 	}
 	return nil
@@ -374,14 +416,16 @@ const (
 )
 
 // wrapping are the ways to wrap a key out under an AES key.
-func wrapping() map[string][]*pkcs11.Mechanism {
-	return map[string][]*pkcs11.Mechanism{
-		"CKM_AES_KEY_WRAP":     mechanism(pkcs11.CKM_AES_KEY_WRAP, nil),
-		"CKM_AES_KEY_WRAP_PAD": mechanism(ckmAESKeyWrapPad, nil),
-		"CKM_AES_KEY_WRAP_KWP": mechanism(ckmAESKeyWrapKWP, nil),
-		"CKM_AES_CBC_PAD":      mechanism(pkcs11.CKM_AES_CBC_PAD, make([]byte, aes.BlockSize)),
-		"CKM_AES_ECB":          mechanism(pkcs11.CKM_AES_ECB, nil),
-	}
+var wrapping = []struct {
+	name      string
+	mechanism uint
+	parameter any
+}{
+	{"CKM_AES_KEY_WRAP", pkcs11.CKM_AES_KEY_WRAP, nil},
+	{"CKM_AES_KEY_WRAP_PAD", ckmAESKeyWrapPad, nil},
+	{"CKM_AES_KEY_WRAP_KWP", ckmAESKeyWrapKWP, nil},
+	{"CKM_AES_CBC_PAD", pkcs11.CKM_AES_CBC_PAD, make([]byte, aes.BlockSize)},
+	{"CKM_AES_ECB", pkcs11.CKM_AES_ECB, nil},
 }
 
 // wraps says whether the token wraps an object under a key that this process knows, or, if it takes no known
@@ -411,9 +455,9 @@ func (c *checker) wraps(m []*pkcs11.Mechanism, object func(s session) (pkcs11.Ob
 }
 
 func (c *checker) wrapKey(_ session, sc *scratch) string {
-	for name, m := range wrapping() {
-		if c.wraps(m, func(session) (pkcs11.ObjectHandle, error) { return sc.key.handle, nil }) {
-			return name
+	for _, w := range wrapping {
+		if c.wraps(mechanism(w.mechanism, w.parameter), func(session) (pkcs11.ObjectHandle, error) { return sc.key.handle, nil }) {
+			return w.name
 		}
 	}
 	return ""
@@ -426,8 +470,8 @@ func (c *checker) wrapOut(s session) CheckLine {
 		return line
 	}
 	works := 0
-	for _, m := range wrapping() {
-		if c.wraps(m, func(s session) (pkcs11.ObjectHandle, error) {
+	for _, w := range wrapping {
+		if c.wraps(mechanism(w.mechanism, w.parameter), func(s session) (pkcs11.ObjectHandle, error) {
 			return s.p.GenerateKey(s.handle, mechanism(pkcs11.CKM_AES_KEY_GEN, nil), []*pkcs11.Attribute{
 				pkcs11.NewAttribute(pkcs11.CKA_TOKEN, false), pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true),
 				pkcs11.NewAttribute(pkcs11.CKA_VALUE_LEN, secretKeyBytes), pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, true),
@@ -437,30 +481,31 @@ func (c *checker) wrapOut(s session) CheckLine {
 		}
 	}
 	if works == 0 {
-		return okay("none of the %d mechanisms that were tried wraps any key here", len(wrapping()))
+		return okay("none of the %d mechanisms that were tried wraps any key here", len(wrapping))
 	}
 	return okay("refused for every kind of key, by %d mechanisms that wrap an extractable key", works)
 }
 
 // lifted are the attributes that would make a key extractable, each by itself.
-func lifted() map[string]*pkcs11.Attribute {
-	return map[string]*pkcs11.Attribute{
-		"CKA_EXTRACTABLE=true": pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, true),
-		"CKA_SENSITIVE=false":  pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, false),
-	}
+var lifted = []struct {
+	name      string
+	attribute *pkcs11.Attribute
+}{
+	{"CKA_EXTRACTABLE=true", pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, true)},
+	{"CKA_SENSITIVE=false", pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, false)},
 }
 
 func (c *checker) copyKey(s session, sc *scratch) string {
-	for name, a := range lifted() {
+	for _, l := range lifted {
 		for _, more := range [][]*pkcs11.Attribute{nil, {pkcs11.NewAttribute(pkcs11.CKA_TOKEN, false)}} {
-			handle, err := s.p.CopyObject(s.handle, sc.key.handle, append([]*pkcs11.Attribute{a}, more...))
+			handle, err := s.p.CopyObject(s.handle, sc.key.handle, append([]*pkcs11.Attribute{l.attribute}, more...))
 			if err != nil {
 				continue
 			}
-			is := s.require(handle, []*pkcs11.Attribute{a})
+			is := s.require(handle, []*pkcs11.Attribute{l.attribute})
 			_ = s.p.DestroyObject(s.handle, handle) // the last step looks for it by its label
 			if is == nil {
-				return "a copy with " + name
+				return "a copy with " + l.name
 			}
 		}
 	}
@@ -468,12 +513,12 @@ func (c *checker) copyKey(s session, sc *scratch) string {
 }
 
 func (c *checker) liftProtection(s session, sc *scratch) string {
-	for name, a := range lifted() {
-		if s.p.SetAttributeValue(s.handle, sc.key.handle, []*pkcs11.Attribute{a}) != nil {
+	for _, l := range lifted {
+		if s.p.SetAttributeValue(s.handle, sc.key.handle, []*pkcs11.Attribute{l.attribute}) != nil {
 			continue
 		}
-		if s.require(sc.key.handle, []*pkcs11.Attribute{a}) == nil {
-			return name
+		if s.require(sc.key.handle, []*pkcs11.Attribute{l.attribute}) == nil {
+			return l.name
 		}
 	}
 	return ""

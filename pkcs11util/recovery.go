@@ -94,6 +94,11 @@ func (k *Keyset) fill(c *connection) error {
 	c.newest = k.inUse(c.keys)
 	for name, key := range c.keys {
 		known, err := c.anchor.prove(key)
+		if err == nil {
+			err = c.anchor.examine(key)
+		} else {
+			err = fmt.Errorf("token check, line %q: %w", provingLine(name.Purpose), err)
+		}
 		if err != nil {
 			return fmt.Errorf("proving %s: %w", name, err)
 		}

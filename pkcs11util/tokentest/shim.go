@@ -121,13 +121,16 @@ var shimWords = sync.OnceValue(func() layout {
 })
 
 // shimModule is the compiled shim.
-var shimModule = sync.OnceValues(func() ([]byte, error) {
+var shimModule = sync.OnceValues(func() ([]byte, error) { return compile("shim.c", shimSource) })
+
+// compile makes a PKCS#11 module from C, with these macros defined.
+func compile(name string, source []byte, macros ...string) ([]byte, error) {
 	dir, err := os.MkdirTemp("", "bkvcc")
 	if err != nil {
 		return nil, err
 	}
 	defer os.RemoveAll(dir)
-	for name, source := range map[string][]byte{"shim.c": shimSource, "layout.h": shimLayout} {
+	for name, source := range map[string][]byte{name: source, "layout.h": shimLayout} {
 		if err := os.WriteFile(filepath.Join(dir, name), source, 0o600); err != nil {
 			return nil, err
 		}
@@ -136,14 +139,16 @@ var shimModule = sync.OnceValues(func() ([]byte, error) {
 	if cc == "" {
 		cc = "cc"
 	}
-	out := filepath.Join(dir, "shim.so")
-	compile := exec.Command(cc, "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden",
-		"-o", out, filepath.Join(dir, "shim.c"), "-ldl", "-lpthread")
-	if said, err := compile.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("compiling the PKCS#11 shim: %w\n%s", err, said)
+	out := filepath.Join(dir, "module.so")
+	args := []string{"-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden"}
+	for _, m := range macros {
+		args = append(args, "-D"+m)
+	}
+	if said, err := exec.Command(cc, append(args, "-o", out, filepath.Join(dir, name), "-ldl", "-lpthread")...).CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("compiling %s: %w\n%s", name, err, said)
 	}
 	return os.ReadFile(out)
-})
+}
 
 // SoftHSM finds its configuration through an environment variable, one for the whole
 // process. So each Shim's copy of SoftHSM gets the name of another variable of the same length.
