@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -72,28 +73,32 @@ func (p Profile) orDefault() Profile {
 	return p
 }
 
-// check names everything that is wrong, by the members of the file.
+// check names everything that is wrong, by the members of the file, in one line.
 func (p Profile) check() error {
-	var errs []error
+	var problems []string
+	report := func(format string, args ...any) { problems = append(problems, fmt.Sprintf(format, args...)) }
 	oneOf := func(member, got string, want ...string) {
 		for _, w := range want {
 			if got == w {
 				return
 			}
 		}
-		errs = append(errs, fmt.Errorf("%s: want one of %q, got %q", member, want, got))
+		report("%s: want one of %q, got %q", member, want, got)
 	}
 	oneOf("iv", p.IV, IVOurs, IVWrittenBack, IVAppended, IVPrepended)
 	if p.IVBytes != ivBytes && (p.IVBytes != longIVBytes || p.IV == IVOurs) {
-		errs = append(errs, fmt.Errorf("iv_bytes: want 12, or 16 if the token makes the IV, got %d", p.IVBytes))
+		report("iv_bytes: want 12, or 16 if the token makes the IV, got %d", p.IVBytes)
 	}
 	oneOf("ecdh", p.ECDH, ECDHDerive, ECDHDeriveWrap)
 	oneOf("derive_value_len", p.DeriveValueLen, ValueLenGiven, ValueLenLeftOut)
 	oneOf("peer_point", p.PeerPoint, PointRaw, PointDER)
 	if p.MaxDataBytes < minDataBytes || p.MaxDataBytes > maxPlaintextBytes {
-		errs = append(errs, fmt.Errorf("max_data_bytes: want %d to %d, got %d", minDataBytes, maxPlaintextBytes, p.MaxDataBytes))
+		report("max_data_bytes: want %d to %d, got %d", minDataBytes, maxPlaintextBytes, p.MaxDataBytes)
 	}
-	return errors.Join(errs...)
+	if len(problems) > 0 {
+		return errors.New(strings.Join(problems, "; "))
+	}
+	return nil
 }
 
 // maxProfileBytes keeps a wrong path from being read whole.
@@ -104,19 +109,19 @@ const maxProfileBytes = 4096
 func ReadProfile(path string) (Profile, error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return Profile{}, fmt.Errorf("token profile: %w", err)
+		return Profile{}, err
 	}
 	defer f.Close()
 	b, err := io.ReadAll(io.LimitReader(f, maxProfileBytes+1))
 	if err != nil {
-		return Profile{}, fmt.Errorf("token profile: %w", err)
+		return Profile{}, fmt.Errorf("reading %s: %w", path, err)
 	}
 	if len(b) > maxProfileBytes {
-		return Profile{}, fmt.Errorf("token profile %s holds more than %d bytes", path, maxProfileBytes)
+		return Profile{}, fmt.Errorf("%s holds more than %d bytes, and is no token profile", path, maxProfileBytes)
 	}
 	p, err := parseProfile(b)
 	if err != nil {
-		return Profile{}, fmt.Errorf("token profile %s: %w", path, err)
+		return Profile{}, fmt.Errorf("%s: %w", path, err)
 	}
 	return p, nil
 }
@@ -136,7 +141,7 @@ func parseProfile(b []byte) (Profile, error) {
 func (p Profile) File() ([]byte, error) {
 	b, err := json.Marshal(p, jsontext.Multiline(true), jsontext.WithIndent("  "))
 	if err != nil {
-		return nil, fmt.Errorf("token profile: %w", err)
+		return nil, fmt.Errorf("encoding a token profile: %w", err)
 	}
 	return append(b, '\n'), nil
 }

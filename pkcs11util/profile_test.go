@@ -186,8 +186,8 @@ func TestReadProfile(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, c := range []struct{ name, from, to, says string }{
-		{"no JSON", "{", "[", "token profile"},
-		{"something after it", "}", "}{}", "token profile"},
+		{"no JSON", "{", "[", "profile.json: "},
+		{"something after it", "}", "}{}", "profile.json: "},
 		{"unknown member", `"iv":`, `"color": "red", "iv":`, "color"},
 		{"other case", `"ecdh"`, `"ECDH"`, "ECDH"},
 		{"twice", `"iv":`, `"iv": "ours", "iv":`, "duplicate"},

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -64,13 +65,20 @@ func tokenEnv(t testing.TB, dir string, tokens tokentest.Directory) []string {
 func deploy(t testing.TB, db *storetest.Database) *deployment {
 	t.Helper()
 	d := &deployment{database: db, directory: tokentest.NewDirectory(t), dir: t.TempDir()}
-	tokens, owner := tokenEnv(t, d.dir, d.directory), ownerEnv(t, d.dir, db)
+	d.prepare(t, tokenEnv(t, d.dir, d.directory))
+	return d
+}
+
+// prepare is deploy on the token that the environment names.
+func (d *deployment) prepare(t testing.TB, tokens []string) {
+	t.Helper()
+	db, owner := d.database, ownerEnv(t, d.dir, d.database)
 	mustRun(t, tokens, "vaultctl", "token", "init")
 	mustRun(t, owner, "vaultctl", "migrate")
 	mustRun(t, nil, "vaultctl", "dev", "key", d.dir+"/tenant.key")
 	mustRun(t, owner, "vaultctl", "tenant", "add", tenant, "--delays=none")
 	mustRun(t, owner, "vaultctl", "tenant", "key", "add", tenant, "--kid="+kid, "--public-key="+d.dir+"/tenant.key.pub")
-	d.vaultd = append(tokens,
+	d.vaultd = append(slices.Clone(tokens),
 		"BKV_DATABASE_URL_FILE="+write(t, d.dir, "vaultd.url", withPassword(db.RuntimeURL)),
 		"BKV_ENROLMENTS_PER_TENANT=100000")
 
@@ -91,7 +99,6 @@ func deploy(t testing.TB, db *storetest.Database) *deployment {
 		t.Fatal(err)
 	}
 	d.signer = key.(ed25519.PrivateKey)
-	return d
 }
 
 // start starts a vaultd of the deployment.

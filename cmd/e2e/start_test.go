@@ -30,6 +30,7 @@ var nonsense = []struct{ env, value, complaint string }{
 	{"BKV_TOKEN_MODULE", "", `--token-module: name the PKCS#11 module`},
 	{"BKV_TOKEN_LABEL", strings.Repeat("x", 33), `--token-label: want 1 to 32 bytes, got 33`},
 	{"BKV_TOKEN_PIN_FILE", "", `--token-pin-file: name the file that holds the token's user PIN`},
+	{"BKV_TOKEN_PROFILE", "/nowhere/profile.json", `--token-profile: open /nowhere/profile.json: no such file or directory`},
 	{"BKV_DATABASE_URL_FILE", "", `--database-url-file: name the file that holds the database's URL`},
 	{"BKV_DATABASE_CONNECTIONS", "0", `--database-connections: want 1 to 1000, got 0`},
 	{"BKV_SWEEP_EVERY", "1ms", `--sweep-every: want 100ms to 1h, got 1ms`},

@@ -20,7 +20,11 @@ type tokenCheckCommand struct {
 }
 
 func (c *tokenCheckCommand) Run(e *environment) error {
-	if err := errors.Join(c.Token.Problems()...); err != nil {
+	problems := c.Token.Problems()
+	if _, err := os.Stat(c.Propose); c.Propose != "" && err == nil {
+		problems = append(problems, fmt.Errorf("--propose: %s exists already", c.Propose))
+	}
+	if err := errors.Join(problems...); err != nil {
 		return err
 	}
 	cfg, err := c.Token.Config()

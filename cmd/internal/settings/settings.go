@@ -43,6 +43,11 @@ func (t Token) Problems() (problems []error) {
 	if t.PINFile == "" {
 		problems = append(problems, errors.New("--token-pin-file: name the file that holds the token's user PIN"))
 	}
+	if t.Profile != "" {
+		if _, err := pkcs11util.ReadProfile(t.Profile); err != nil {
+			problems = append(problems, fmt.Errorf("--token-profile: %w", err))
+		}
+	}
 	return problems
 }
 
@@ -53,6 +58,9 @@ func (t Token) Config() (pkcs11util.Config, error) {
 	cfg.PIN, pinErr = pkcs11util.ReadPIN(t.PINFile)
 	if t.Profile != "" {
 		cfg.Profile, profileErr = pkcs11util.ReadProfile(t.Profile)
+	}
+	if profileErr != nil {
+		profileErr = fmt.Errorf("token profile: %w", profileErr)
 	}
 	return cfg, errors.Join(pinErr, profileErr)
 }

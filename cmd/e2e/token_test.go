@@ -1,0 +1,106 @@
+package e2e_test
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/backup-key-vault/bkv/pkcs11util"
+	"github.com/backup-key-vault/bkv/pkcs11util/tokentest"
+	"github.com/backup-key-vault/bkv/store/storetest"
+)
+
+// configured is the environment of programs that use a test's own token.
+func configured(t testing.TB, dir string, cfg pkcs11util.Config) []string {
+	return []string{
+		"BKV_TOKEN_MODULE=" + cfg.Module, "BKV_TOKEN_LABEL=" + cfg.Label, "BKV_VAULT_ID=" + vaultID,
+		"BKV_TOKEN_PIN_FILE=" + write(t, dir, "pin", string(tokentest.PIN)+"\n"),
+		"BKV_TOKEN_SO_PIN_FILE=" + write(t, dir, "so-pin", string(tokentest.SOPIN)+"\n"),
+	}
+}
+
+// A token that differs from SoftHSM in all that a profile knows of takes its place by
+// configuration alone: check, propose, and go on with the proposal.
+func TestAnotherVendorsToken(t *testing.T) {
+	t.Parallel()
+	shim := tokentest.EmptyShimmed(t)
+	shim.Set(tokentest.IVAppended, tokentest.SensitiveRefused, tokentest.DeriveValueLenRefused,
+		tokentest.PeerPointDER, tokentest.PointRaw, tokentest.DataLimit(1024))
+	d := &deployment{database: storetest.New(t), dir: t.TempDir()}
+	tokens := configured(t, d.dir, shim.Config())
+	file := filepath.Join(d.dir, "profile.json")
+
+	table := mustRun(t, tokens, "vaultctl", "token", "check", "--propose="+file)
+	if !strings.Contains(table, "usable with the proposed profile") {
+		t.Fatalf("the check:\n%s", table)
+	}
+	proposed, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if o := run(t, tokens, "vaultctl", "token", "check", "--propose="+file); o.code != 1 || !strings.Contains(o.stderr, "exists") {
+		t.Errorf("over a file that is there: %d %s", o.code, o.stderr)
+	}
+	if o := run(t, tokens, "vaultctl", "token", "init"); o.code != 1 {
+		t.Errorf("keys were made without the profile: %s", o.stdout)
+	}
+	withProfile := append(tokens, "BKV_TOKEN_PROFILE="+file)
+	if table := mustRun(t, withProfile, "vaultctl", "token", "check"); !strings.Contains(table, ": usable; ") {
+		t.Errorf("the check under the profile:\n%s", table)
+	}
+	d.prepare(t, withProfile)
+
+	o := run(t, d.vaultd, "vaultd", "--token-profile=", "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0")
+	if o.code != 1 || !strings.Contains(o.stderr, `token check, line "`) {
+		t.Errorf("vaultd without the profile: %d %s", o.code, o.stderr)
+	}
+	v := d.start(t)
+	phone := d.device(t, "alice", at(v))
+	enrolled, err := phone.Enrol(t.Context(), "a password")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if recovered, err := phone.Recover(t.Context(), "a password"); err != nil || recovered.Key != enrolled.Key {
+		t.Fatalf("recovering: %v", err)
+	}
+	if n := d.database.Exec(t, "SELECT FROM generations WHERE strategy = $1", pkcs11util.ECDHDeriveWrap); n != 1 {
+		t.Errorf("%d records say how the token multiplies", n)
+	}
+
+	// One wrong value is one sentence, and so are several.
+	wrong := write(t, d.dir, "wrong.json", strings.NewReplacer("appended", "added", "1024", "1").Replace(string(proposed)))
+	o = run(t, tokens, "vaultctl", "token", "check", "--token-profile="+wrong)
+	if o.code != 1 || o.stdout != "" || strings.Count(o.stderr, "\n") != 1 ||
+		!strings.Contains(o.stderr, "iv: want") || !strings.Contains(o.stderr, "max_data_bytes: want") {
+		t.Errorf("a profile that is none: %+v", o)
+	}
+}
+
+// A token that lets keys out is refused, in a table and in JSON.
+func TestTokenThatIsNotUsable(t *testing.T) {
+	env := configured(t, t.TempDir(), tokentest.NSS(t, false))
+	proposal := filepath.Join(t.TempDir(), "profile.json")
+	o := run(t, env, "vaultctl", "token", "check", "--propose="+proposal)
+	if o.code != 1 || !strings.Contains(o.stdout, "could be had: master") || !strings.Contains(o.stdout, "not usable: failed ") ||
+		!strings.Contains(o.stderr, "wrapping keys out") {
+		t.Errorf("exit status %d\n%s\n%s", o.code, o.stdout, o.stderr)
+	}
+	if _, err := os.Stat(proposal); err == nil {
+		t.Error("proposed a profile for it")
+	}
+	o = run(t, env, "vaultctl", "token", "check", "--json")
+	var report struct {
+		Usable  bool
+		Verdict string
+		Lines   []struct{ What, Result, Why, Do string }
+		Rates   []struct{ Operation string }
+	}
+	if err := json.Unmarshal([]byte(o.stdout), &report); err != nil {
+		t.Fatal(err)
+	}
+	if o.code != 1 || report.Usable || !strings.HasPrefix(report.Verdict, "not usable: ") || len(report.Lines) < 20 || len(report.Rates) != 3 {
+		t.Errorf("exit status %d, %+v", o.code, report)
+	}
+}
