@@ -21,6 +21,11 @@ func TestCheckRefusesNSS(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			report := check(t, tokentest.NSS(t, c.mended))
+			if line(t, report, "AES-GCM").Result == pkcs11util.CheckOK {
+				c.failed = []string{"wrapping keys out", "extractable copies"} // an NSS in which it is mended
+			} else if c.mended || !strings.Contains(line(t, report, "AES-GCM").Why, "CKR_BUFFER_TOO_SMALL") {
+				t.Errorf("%+v", line(t, report, "AES-GCM"))
+			}
 			if got := report.Failed(); report.Usable || !slices.Equal(got, c.failed) {
 				for _, l := range report.Lines {
 					t.Logf("%+v", l)
@@ -40,9 +45,6 @@ func TestCheckRefusesNSS(t *testing.T) {
 			}
 			if l := line(t, report, "wrapping keys out"); !strings.Contains(l.Why, "master (CKM_AES_") || !strings.Contains(l.Why, "identity (CKM_AES_") {
 				t.Errorf("%+v", l)
-			}
-			if !c.mended && !strings.Contains(line(t, report, "AES-GCM").Why, "CKR_BUFFER_TOO_SMALL") {
-				t.Errorf("%+v", line(t, report, "AES-GCM"))
 			}
 		})
 	}

@@ -100,7 +100,7 @@ func TestTokenThatIsNotUsable(t *testing.T) {
 	if err := json.Unmarshal([]byte(o.stdout), &report); err != nil {
 		t.Fatal(err)
 	}
-	if o.code != 1 || report.Usable || !strings.HasPrefix(report.Verdict, "not usable: ") || len(report.Lines) < 20 || len(report.Rates) != 3 {
+	if o.code != 1 || report.Usable || !strings.HasPrefix(report.Verdict, "not usable: ") || len(report.Lines) < 20 || len(report.Rates) < 3 {
 		t.Errorf("exit status %d, %+v", o.code, report)
 	}
 }
