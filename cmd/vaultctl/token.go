@@ -13,7 +13,8 @@ import (
 )
 
 type tokenCommand struct {
-	Init tokenInitCommand `cmd:"" help:"Make the token, if it is not there, and its keys. Run it while vaultd does not run. It can be repeated: it keeps the keys that are there and makes those that are missing."`
+	Init     tokenInitCommand `cmd:"" help:"Make the token, if it is not there, and its keys. Run it while vaultd does not run. It can be repeated: it keeps the keys that are there and makes those that are missing."`
+	Ceremony ceremonyCommand  `cmd:"" help:"Put one set of keys into the tokens of several sites, so that what is enrolled at one recovers at all."`
 }
 
 type tokenInitCommand struct {

@@ -120,10 +120,13 @@ type MakeConfig struct {
 // this the token keeps only a transport key: the bundle must be on disk before it is given to
 // [Accept], at the source as elsewhere. If it is lost before that, nothing is lost: call Make again.
 func Make(admin *pkcs11util.Admin, cfg MakeConfig) (Bundle, error) {
+	if len(cfg.Requests) == 0 {
+		return Bundle{}, errors.New("a ceremony is for two tokens or more, and there is no request; for one token there is: vaultctl token init")
+	}
+	if err := checkRequests(cfg.Requests); err != nil {
+		return Bundle{}, err
+	}
 	for _, r := range cfg.Requests {
-		if err := r.check(); err != nil {
-			return Bundle{}, err
-		}
 		if !slices.Contains(cfg.Confirmed, r.Fingerprint()) {
 			return Bundle{}, fmt.Errorf("the request of %v is not confirmed: ask who made it for its fingerprint, and go on only if it is %v", r.Token, r.Fingerprint())
 		}
@@ -193,6 +196,11 @@ func (t *token) make(cfg MakeConfig, names, there []pkcs11util.KeyName) (b Bundl
 	if err != nil {
 		return Bundle{}, err
 	}
+	for _, r := range cfg.Requests {
+		if r.Token.Serial == t.info.Serial {
+			return Bundle{}, fmt.Errorf("the source, %v, is also among the requests: each token takes part once", t.info)
+		}
+	}
 	if !cfg.DryRun {
 		if err := t.destroyTransportKeys(); err != nil {
 			return Bundle{}, err
@@ -208,10 +216,6 @@ func (t *token) make(cfg MakeConfig, names, there []pkcs11util.KeyName) (b Bundl
 		}
 	}()
 	requests := append([]Request{own}, cfg.Requests...)
-	if err := checkRequests(requests); err != nil {
-		return Bundle{}, err
-	}
-
 	b = Bundle{Format: bundleFormat, Record: Record{
 		Format: recordFormat, Time: cfg.Time.UTC().Format(time.RFC3339), Who: cfg.Who, Tool: cfg.Tool, VaultID: cfg.VaultID,
 		Requests: requests,

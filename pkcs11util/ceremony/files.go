@@ -338,6 +338,9 @@ func (r Record) check() error {
 			return errors.New("its keys are not in order")
 		}
 	}
+	if len(r.Requests) < 2 {
+		return errors.New("it is of fewer than two tokens")
+	}
 	if err := checkRequests(r.Requests); err != nil {
 		return err
 	}
@@ -353,11 +356,8 @@ func (r Record) check() error {
 	return verify(r.Identity.PublicKey, r.digest(), r.Signature)
 }
 
-// checkRequests refuses requests that do not go together.
+// checkRequests refuses requests that are damaged or do not go together.
 func checkRequests(requests []Request) error {
-	if len(requests) < 2 {
-		return errors.New("a ceremony is for two tokens or more; for one there is: vaultctl token init")
-	}
 	for i, r := range requests {
 		if err := r.check(); err != nil {
 			return err
