@@ -126,9 +126,12 @@ func Make(admin *pkcs11util.Admin, cfg MakeConfig) (Bundle, error) {
 	if err := checkRequests(cfg.Requests); err != nil {
 		return Bundle{}, err
 	}
+	if err := checkWho(cfg.Who, cfg.Tool, cfg.VaultID); err != nil {
+		return Bundle{}, err
+	}
 	for _, r := range cfg.Requests {
 		if !slices.Contains(cfg.Confirmed, r.Fingerprint()) {
-			return Bundle{}, fmt.Errorf("the request of %v is not confirmed: ask who made it for its fingerprint, and go on only if it is %v", r.Token, r.Fingerprint())
+			return Bundle{}, fmt.Errorf("the request of %v is not confirmed: none of the fingerprints that were said is its own; if the one of its maker was among them, the request was swapped or damaged on the way", r.Token)
 		}
 	}
 	if len(cfg.Confirmed) != len(cfg.Requests) {
@@ -279,7 +282,7 @@ func Accept(admin *pkcs11util.Admin, b Bundle, confirmed Fingerprint) (Accepted,
 		return Accepted{}, fmt.Errorf("it is no bundle of a ceremony, or it was changed: %w", err)
 	}
 	if confirmed != b.Record.Fingerprint() {
-		return Accepted{}, fmt.Errorf("the bundle's fingerprint is %v, and not the one that is confirmed: ask who made it, and do not use it if they differ", b.Record.Fingerprint())
+		return Accepted{}, errors.New("the bundle has another fingerprint than was said: if that was its maker's, the bundle was swapped on the way; do not use it")
 	}
 	there, _, err := admin.Keys()
 	if err != nil {
@@ -337,6 +340,11 @@ func Accept(admin *pkcs11util.Admin, b Bundle, confirmed Fingerprint) (Accepted,
 		}
 		return nil
 	})
+	for _, key := range missing {
+		if err == nil {
+			err = admin.Prove(labels[key.Name()], key.Name())
+		}
+	}
 	for _, key := range missing {
 		if err == nil {
 			err = admin.Adopt(labels[key.Name()], key.Name())

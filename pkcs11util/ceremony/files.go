@@ -87,7 +87,7 @@ func ParseFingerprint(s string) (Fingerprint, error) {
 		return r
 	}, s))
 	raw, err := base32Lower.DecodeString(letters)
-	if err != nil || len(raw) != len(Fingerprint{}) {
+	if err != nil || len(letters) != 32 || len(raw) != len(Fingerprint{}) {
 		return Fingerprint{}, errors.New("a fingerprint is 32 letters a to z and digits 2 to 7")
 	}
 	return Fingerprint(raw), nil
@@ -321,10 +321,7 @@ func (r Record) check() error {
 	if t, err := time.Parse(time.RFC3339, r.Time); err != nil || t.UTC().Format(time.RFC3339) != r.Time {
 		return fmt.Errorf("its time is %q", r.Time)
 	}
-	if r.Who == "" {
-		return errors.New("it does not say who held the ceremony")
-	}
-	if err := checkTexts(r.Who, r.Tool, r.VaultID); err != nil {
+	if err := checkWho(r.Who, r.Tool, r.VaultID); err != nil {
 		return err
 	}
 	if len(r.Keys) == 0 || len(r.Shares) != 32 {
@@ -354,6 +351,13 @@ func (r Record) check() error {
 		return errors.New("its identity key is not that of the set")
 	}
 	return verify(r.Identity.PublicKey, r.digest(), r.Signature)
+}
+
+func checkWho(who, tool, vaultID string) error {
+	if who == "" {
+		return errors.New("it is not said who holds the ceremony")
+	}
+	return checkTexts(who, tool, vaultID)
 }
 
 // checkRequests refuses requests that are damaged or do not go together.
