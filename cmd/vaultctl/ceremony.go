@@ -137,10 +137,8 @@ func (c *ceremonyMakeCommand) Run(e *environment) error {
 	if c.Record == "" {
 		c.Record = c.Out + ".record"
 	}
-	for _, file := range []string{c.Out, c.Record} {
-		if _, err := os.Lstat(file); err == nil && !c.DryRun {
-			return fmt.Errorf("%s is there already, from an earlier run: to go on with its keys, run: vaultctl token ceremony accept --bundle %s; to make other keys, move it away", file, c.Out)
-		}
+	if err := c.free(); err != nil {
+		return err
 	}
 	cfg := ceremony.MakeConfig{
 		OAEPHash: c.hash(), Who: c.Who, VaultID: c.VaultID, Tool: tool(), Time: time.Now(), DryRun: c.DryRun,
@@ -176,10 +174,10 @@ func (c *ceremonyMakeCommand) Run(e *environment) error {
 	if c.DryRun {
 		return e.printf("dry run: %d keys were made, wrapped for %d tokens and forgotten; nothing was changed\n", len(bundle.Record.Keys), len(bundle.Record.Requests))
 	}
-	if err := writeNew(c.Out, bundle.Encode()); err != nil {
+	if err := writeNew(c.Record, bundle.Record.Encode()); err != nil {
 		return err
 	}
-	if err := writeNew(c.Record, bundle.Record.Encode()); err != nil {
+	if err := writeNew(c.Out, bundle.Encode()); err != nil {
 		return err
 	}
 	accepted, err := ceremony.Accept(admin, bundle, bundle.Record.Fingerprint())
@@ -190,6 +188,21 @@ func (c *ceremonyMakeCommand) Run(e *environment) error {
 		return err
 	}
 	return e.printf("%s goes to the other sites and %s to the archive; tell their operators, by voice:\n%v\n", c.Out, c.Record, bundle.Record.Fingerprint())
+}
+
+// free refuses files that are there. The record is written before the bundle, and the bundle before the
+// source stores a key. A bundle that is there is not simply stored: somebody may have replaced it.
+func (c *ceremonyMakeCommand) free() error {
+	if c.DryRun {
+		return nil
+	}
+	if _, err := os.Lstat(c.Out); err == nil {
+		return fmt.Errorf("%s is there already: to go on with its keys, run: vaultctl token ceremony accept --bundle %[1]s, which asks for the fingerprint that verify shows of %s; to make others, move both away", c.Out, c.Record)
+	}
+	if _, err := os.Lstat(c.Record); err == nil {
+		return fmt.Errorf("%s is there already, without its bundle: if an earlier run ended in between, it stored no key; move it away", c.Record)
+	}
+	return nil
 }
 
 type ceremonyAcceptCommand struct {

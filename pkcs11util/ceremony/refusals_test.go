@@ -4,6 +4,7 @@ import (
 	"encoding/asn1"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"math/big"
 	"slices"
 	"strings"
@@ -147,6 +148,8 @@ func TestRequestsThatDoNotGoTogether(t *testing.T) {
 	copied.TransportKey = fromB.TransportKey
 	unknown := fromC
 	unknown.OAEPHash = "md5"
+	modern := fromC
+	modern.OAEPHash = ceremony.SHA256 // which SoftHSM cannot wrap with
 	unnamed := config(fromB)
 	unnamed.Who = ""
 	escape := config(fromB)
@@ -164,6 +167,7 @@ func TestRequestsThatDoNotGoTogether(t *testing.T) {
 		"a copied key":    {config(fromB, copied), "one is a copy of the other"},
 		"a short nonce":   {config(short), "its nonce has 8 bytes"},
 		"a hash":          {config(unknown), `its OAEP hash is "md5"`},
+		"another hash":    {config(fromB, modern), fmt.Sprintf("wrapping for %v: C_WrapKey with RSA-OAEP and SHA-256", fromC.Token)},
 		"nobody":          {unnamed, "it is not said who holds the ceremony"},
 		"escape sequence": {escape, "more than printable characters"},
 		"one word more":   {extra, "as many confirmed fingerprints as requests"},

@@ -216,13 +216,13 @@ func oaepParams(h OAEPHash) *pkcs11.OAEPParams {
 	return pkcs11.NewOAEPParams(pkcs11.CKM_SHA256, pkcs11.CKG_MGF1_SHA256, pkcs11.CKZ_DATA_SPECIFIED, nil)
 }
 
-// oaepError names the way out where a token does not know the hash: SoftHSM 2.6.1 answers
-// CKR_ARGUMENTS_BAD to everything but SHA-1.
+// oaepError names the way out where a token, the one that wraps or the one that unwraps, does not
+// know the hash: SoftHSM 2.6.1 answers CKR_ARGUMENTS_BAD to everything but SHA-1.
 func oaepError(function string, h OAEPHash, err error) error {
 	if h == SHA256 {
-		return fmt.Errorf("%s with RSA-OAEP and SHA-256: %w; for a token that knows SHA-1 only, as SoftHSM 2.6.1, say --oaep-hash=%s", function, err, SHA1)
+		return fmt.Errorf("%s with RSA-OAEP and SHA-256: %w; where a token knows SHA-1 only, as SoftHSM 2.6.1, join and make with --oaep-hash=%s", function, err, SHA1)
 	}
-	return fmt.Errorf("%s with RSA-OAEP and SHA-1: %w; for a token that has given SHA-1 up, say --oaep-hash=%s", function, err, SHA256)
+	return fmt.Errorf("%s with RSA-OAEP and SHA-1: %w; where a token has given SHA-1 up, join and make with --oaep-hash=%s", function, err, SHA256)
 }
 
 // wrappingKeyTemplate is of the AES key that wraps one share.
