@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/backup-key-vault/bkv/pkcs11util/tokentest"
+	"github.com/backup-key-vault/bkv/store/storetest"
 )
 
 // killed starts vaultctl and kills it after a while, unless it ends before; done says that it ended well.
@@ -98,6 +99,54 @@ func TestKilledCeremony(t *testing.T) {
 		}
 		if o := run(t, env, "vaultctl", "token", "init"); strings.Contains(o.stdout, "made") || o.code != 0 {
 			t.Errorf("the set is not whole: %s%s", o.stdout, o.stderr)
+		}
+	}
+}
+
+// Two sites have a token each, with the keys of one ceremony, and a vaultd each on one database. What is enrolled at
+// one site recovers at the other, and attempts are counted over both.
+func TestTwoSites(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	source, site := tokentest.NewDirectory(t), tokentest.NewDirectory(t)
+	atSource, atSite := tokenEnv(t, dir, source), tokenEnv(t, dir, site)
+	ceremony := func(env []string, args ...string) string {
+		t.Helper()
+		return "--confirm=" + last(mustRun(t, env, "vaultctl", append([]string{"token", "ceremony"}, args...)...))
+	}
+	confirm := ceremony(atSite, "join", "--out="+dir+"/request", "--oaep-hash=sha1")
+	confirm = ceremony(atSource, "make", "--request="+dir+"/request", confirm, "--out="+dir+"/bundle", "--who=Ann", "--oaep-hash=sha1")
+	ceremony(atSite, "accept", "--bundle="+dir+"/bundle", confirm)
+
+	d := deployOn(t, storetest.New(t), source)
+	here := at(d.start(t))
+	there := at(d.start(t, site.Env()))
+	ctx := t.Context()
+	for _, way := range []struct {
+		user     string
+		from, to *address
+	}{{"ann", here, there}, {"bob", there, here}} {
+		key, err := d.phone(way.from, way.user).enrol(ctx, right)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 9 {
+			if _, err := d.phone(way.from, way.user).recover(ctx, wrong); !isRefused(err, "wrong-password") {
+				t.Fatalf("a wrong password: %v", err)
+			}
+		}
+		if got, err := d.phone(way.to, way.user).recover(ctx, right); err != nil || got != key {
+			t.Fatalf("%s at the other site: %v", way.user, err)
+		}
+		for i := range 10 {
+			if _, err := d.phone([]*address{way.from, way.to}[i%2], way.user).recover(ctx, wrong); err == nil {
+				t.Fatal("a wrong password recovers")
+			}
+		}
+		for _, site := range []*address{way.from, way.to} {
+			if _, err := d.phone(site, way.user).recover(ctx, right); !isRefused(err, "key-destroyed") {
+				t.Fatalf("after ten wrong passwords: %v", err)
+			}
 		}
 	}
 }

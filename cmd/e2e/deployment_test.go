@@ -63,9 +63,16 @@ func tokenEnv(t testing.TB, dir string, tokens tokentest.Directory) []string {
 // deploy does what an operator does, with vaultctl. The tenant has no delays.
 func deploy(t testing.TB, db *storetest.Database) *deployment {
 	t.Helper()
-	d := &deployment{database: db, directory: tokentest.NewDirectory(t), dir: t.TempDir()}
+	directory := tokentest.NewDirectory(t)
+	mustRun(t, tokenEnv(t, t.TempDir(), directory), "vaultctl", "token", "init")
+	return deployOn(t, db, directory)
+}
+
+// deployOn is deploy with a token that has its keys.
+func deployOn(t testing.TB, db *storetest.Database, directory tokentest.Directory) *deployment {
+	t.Helper()
+	d := &deployment{database: db, directory: directory, dir: t.TempDir()}
 	tokens, owner := tokenEnv(t, d.dir, d.directory), ownerEnv(t, d.dir, db)
-	mustRun(t, tokens, "vaultctl", "token", "init")
 	mustRun(t, owner, "vaultctl", "migrate")
 	mustRun(t, nil, "vaultctl", "dev", "key", d.dir+"/tenant.key")
 	mustRun(t, owner, "vaultctl", "tenant", "add", tenant, "--delays=none")
