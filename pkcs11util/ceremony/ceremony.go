@@ -111,8 +111,8 @@ type MakeConfig struct {
 	VaultID   string   // the vault that the keys are for; may be empty
 	Tool      string   // the program and its version
 	Time      time.Time
-	// DryRun does everything with session objects alone: the token stays as it is, and the bundle is of no use, as nobody
-	// has the source's transport key.
+	// DryRun does everything with session objects alone: the token stays as it is, and the bundle
+	// comes without shares, so that no token can take it.
 	DryRun bool
 }
 
@@ -263,6 +263,7 @@ func (t *token) make(cfg MakeConfig, names, there []pkcs11util.KeyName) (b Bundl
 				return Bundle{}, err
 			}
 		}
+		b.Shares = nil
 	}
 	return b, nil
 }

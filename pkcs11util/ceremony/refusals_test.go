@@ -252,8 +252,13 @@ func TestDryRun(t *testing.T) {
 	if got := contents(t, a); len(got) != 0 {
 		t.Errorf("the source holds %v", got)
 	}
-	if _, err := tryAccept(t, a, bundle); !says(err, "does not wait for this request") {
-		t.Errorf("the source accepts a dry run: %v", err)
+	for _, tok := range []*tokentest.Token{a, b} {
+		if _, err := tryAccept(t, tok, bundle); !says(err, "it is no bundle of a ceremony") {
+			t.Errorf("a token accepts a dry run: %v", err)
+		}
+	}
+	if len(bundle.Record.Keys) != 8 || len(bundle.Shares) != 0 {
+		t.Errorf("%d keys, %d shares", len(bundle.Record.Keys), len(bundle.Shares))
 	}
 	if got := contents(t, b); !slices.Equal(got, before) {
 		t.Errorf("the destination holds %v", got)
