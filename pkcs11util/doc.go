@@ -5,8 +5,8 @@
 // A [Keyset] is what a service uses. It logs in, finds the keys by their labels
 // bkv/<purpose>/<generation>, refuses those whose attributes are not exactly what
 // their purpose needs, proves that each works, and keeps a pool of sessions. An
-// [Admin] is what an operator's command uses to make a token ready; package
-// provision drives it.
+// [Admin] is what an operator's command uses to make a token ready; packages
+// provision, for one token, and ceremony, for several with the same keys, drive it.
 //
 // # Trust
 //

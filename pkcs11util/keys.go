@@ -308,6 +308,10 @@ func (s session) require(h pkcs11.ObjectHandle, want []*pkcs11.Attribute) error 
 		return err
 	}
 	for i, a := range want {
+		// SoftHSM 2.6.1 says 0 of a secret key that was unwrapped, whatever its length is; who unwraps sees to it.
+		if a.Type == pkcs11.CKA_VALUE_LEN && len(bytes.Trim(got[i], "\x00")) == 0 {
+			continue
+		}
 		if !bytes.Equal(got[i], a.Value) {
 			return fmt.Errorf("%s is %x, and must be %x", attributeNames[a.Type], got[i], a.Value)
 		}

@@ -69,11 +69,25 @@ func deploy(t testing.TB, db *storetest.Database) *deployment {
 	return d
 }
 
+// deployOn is deploy with a token that has its keys.
+func deployOn(t testing.TB, db *storetest.Database, directory tokentest.Directory) *deployment {
+	t.Helper()
+	d := &deployment{database: db, directory: directory, dir: t.TempDir()}
+	d.register(t, tokenEnv(t, d.dir, d.directory))
+	return d
+}
+
 // prepare is deploy on the token that the environment names.
 func (d *deployment) prepare(t testing.TB, tokens []string) {
 	t.Helper()
-	db, owner := d.database, ownerEnv(t, d.dir, d.database)
 	mustRun(t, tokens, "vaultctl", "token", "init")
+	d.register(t, tokens)
+}
+
+// register does the rest: the database and the tenant.
+func (d *deployment) register(t testing.TB, tokens []string) {
+	t.Helper()
+	db, owner := d.database, ownerEnv(t, d.dir, d.database)
 	mustRun(t, owner, "vaultctl", "migrate")
 	mustRun(t, nil, "vaultctl", "dev", "key", d.dir+"/tenant.key")
 	mustRun(t, owner, "vaultctl", "tenant", "add", tenant, "--delays=none")

@@ -15,6 +15,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/backup-key-vault/bkv/pkcs11util/ceremony"
 	"github.com/backup-key-vault/bkv/pkcs11util/tokentest"
 	"github.com/backup-key-vault/bkv/store/storetest"
 )
@@ -34,11 +35,17 @@ import (
 // It fails unless vaultctl succeeds; with !, unless vaultctl ends with status 1, nothing
 // on standard output, and one sentence on standard error, or one for each setting that is wrong.
 // Either way it fails if a secret or a crash shows in what vaultctl wrote.
+//
+// After it,
+//
+//	fingerprint NAME
+//
+// puts the ceremony's fingerprint that vaultctl wrote last into the environment.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script", WorkdirRoot: t.TempDir(), // which goes away even where only some scripts run
 		UpdateScripts: *update, RequireUniqueNames: true, Setup: setupScript,
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"vaultctl": vaultctl},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"vaultctl": vaultctl, "fingerprint": fingerprint},
 	})
 }
 
@@ -101,4 +108,15 @@ func vaultctl(ts *testscript.TestScript, neg bool, args []string) {
 			ts.Fatalf("line %d is no sentence about what is wrong", n)
 		}
 	}
+}
+
+func fingerprint(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: fingerprint NAME")
+	}
+	lines := strings.Fields(ts.ReadFile("stdout"))
+	if _, err := ceremony.ParseFingerprint(lines[len(lines)-1]); err != nil {
+		ts.Fatalf("vaultctl ended with %q: %v", lines[len(lines)-1], err)
+	}
+	ts.Setenv(args[0], lines[len(lines)-1])
 }

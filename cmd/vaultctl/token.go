@@ -13,8 +13,9 @@ import (
 )
 
 type tokenCommand struct {
-	Init  tokenInitCommand  `cmd:"" help:"Make the token, if it is not there, and its keys. Run it while vaultd does not run. It can be repeated: it keeps the keys that are there and makes those that are missing."`
-	Check tokenCheckCommand `cmd:"" help:"Find out whether the token can do the vault's work, on keys of its own that it destroys again. Run it before anything depends on the token, and not beside vaultd. Exit status 0: usable; 1: not."`
+	Init     tokenInitCommand  `cmd:"" help:"Make the token, if it is not there, and its keys. Run it while vaultd does not run. It can be repeated: it keeps the keys that are there and makes those that are missing."`
+	Check    tokenCheckCommand `cmd:"" help:"Find out whether the token can do the vault's work, on keys of its own that it destroys again. Run it before anything depends on the token, and not beside vaultd. Exit status 0: usable; 1: not."`
+	Ceremony ceremonyCommand   `cmd:"" help:"Put one set of keys into the tokens of several sites, so that what is enrolled at one recovers at all."`
 }
 
 type tokenInitCommand struct {
