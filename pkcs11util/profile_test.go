@@ -246,3 +246,27 @@ func TestWrappingFails(t *testing.T) {
 		shim.Fail(function, 0, 0)
 	}
 }
+
+// Keys are made and used under a profile as without one.
+func TestKeysAreMadeUnderAProfile(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	shim := tokentest.NewShimmed(t)
+	v := vendors[len(vendors)-1] // all at once
+	shim.Set(v.settings...)
+	cfg := shim.Config()
+	cfg.Profile = v.profile
+	keys := shim.OpenKeyset(t, cfg)
+	for _, purpose := range []string{pkcs11util.Master, pkcs11util.OPRF} {
+		if err := keys.MakeKey(ctx, purpose, 2); err != nil {
+			t.Errorf("making a key for %s: %v", purpose, err)
+		}
+	}
+	q, err := keys.PublicKey(pkcs11util.OPRF, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := keys.Multiply(ctx, pkcs11util.OPRF, 2, q); err != nil {
+		t.Error(err)
+	}
+}
