@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/asn1"
 	"fmt"
+	"slices"
 	"sync/atomic"
 
 	"github.com/miekg/pkcs11"
@@ -69,8 +70,11 @@ func (s session) loggedIn() error {
 	return nil
 }
 
-// find returns all objects that match. The caller holds module.Objects.
+// find returns all objects of the token itself that match. The caller holds module.Objects. Session objects are
+// left out: SoftHSM 2.6.1 makes what one session finds its own, so that a secret that another session derives at that moment
+// is lost to it when the one that found it is closed.
 func (s session) find(template ...*pkcs11.Attribute) ([]pkcs11.ObjectHandle, error) {
+	template = append(slices.Clone(template), pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true))
 	if err := s.p.FindObjectsInit(s.handle, template); err != nil {
 		return nil, fmt.Errorf("C_FindObjectsInit: %w", err)
 	}
