@@ -10,3 +10,10 @@ func (k *Keyset) SpoilKnownAnswer(name KeyName) {
 	known.sealed[len(known.sealed)-1] ^= 1
 	k.known[name] = known // the connection's, too: they share the map
 }
+
+// Recycling says whether calls wait for a new connection.
+func (k *Keyset) Recycling() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.renewed != nil
+}

@@ -237,7 +237,7 @@ func (k *Keyset) callOn(ctx context.Context, c *connection, f func(s session, c 
 	}
 	c.put(s)
 	if at := k.recycleAt.Load(); at > 0 && k.module.SessionObjects.Load() >= at {
-		k.renew(c)
+		k.recycleSoon(c)
 	}
 	return true, err
 }

@@ -70,7 +70,7 @@ func (k *Keyset) connect(ctx context.Context) (*connection, error) {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.known, k.newest = c.known, c.newest
+	k.choose(c)
 	k.serial = info.SerialNumber
 	k.model = fmt.Sprintf("%s %s", info.ManufacturerID, info.Model)
 	return c, nil
@@ -90,8 +90,8 @@ func (k *Keyset) fill(c *connection) error {
 
 	k.mu.Lock()
 	before, newest := k.known, k.newest
-	k.mu.Unlock()
 	c.newest = k.inUse(c.keys)
+	k.mu.Unlock()
 	for name, key := range c.keys {
 		known, err := c.anchor.prove(key)
 		if err == nil {
@@ -260,6 +260,7 @@ func (k *Keyset) settle(c *connection, err error) (done bool) {
 	case closed:
 		done = true
 	case err == nil:
+		k.choose(c)
 		k.connection, k.down, done = c, nil, true
 		k.scheduleRecycling()
 	case errors.Is(err, ErrPINRefused):

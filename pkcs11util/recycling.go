@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"strings"
 
 	"github.com/backup-key-vault/bkv/pkcs11util/internal/module"
@@ -18,13 +19,25 @@ func (k *Keyset) scheduleRecycling() {
 	k.recycleAt.Store(max(after, 0))
 }
 
-// renew replaces the connection because the module has to be recycled, or has been
-// initialised anew by somebody else: the token is not at fault, so that calls wait for
-// the new connection. It is made once, however many ask for it. The caller is counted in k.calls.
-func (k *Keyset) renew(c *connection) {
+// renew replaces the connection because the module has been initialised anew by somebody else: the
+// token is not at fault, so that calls wait for the new connection. It is made once, however
+// many ask for it. The caller is counted in k.calls.
+func (k *Keyset) renew(c *connection) { k.replaceConnection(c, func() {}) }
+
+// recycleSoon is renew for the module's own sake. It does nothing, and is to be called again, while
+// keys are made or looked for.
+func (k *Keyset) recycleSoon(c *connection) {
+	if k.changes.TryLock() {
+		k.replaceConnection(c, k.changes.Unlock)
+	}
+}
+
+// replaceConnection does it, and calls after when no call is made on c any more.
+func (k *Keyset) replaceConnection(c *connection, after func()) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if !k.isCurrent(c) {
+		after()
 		return
 	}
 	c = k.connection
@@ -35,19 +48,22 @@ func (k *Keyset) renew(c *connection) {
 	go func() {
 		defer k.calls.Done()
 		defer cancel()
-		k.recycle(ctx, c)
+		if lost := k.recycle(ctx, c, after); lost {
+			k.recover(ctx, nil)
+		}
 	}()
 }
 
 // recycle finalises and initialises the module, unless somebody has done so since c was
-// made, and connects again. A module that is too busy keeps c for some time more. If there is no new connection,
-// the token is lost after all, and recovered.
-func (k *Keyset) recycle(ctx context.Context, c *connection) {
+// made, and connects again. If the module is too busy, c stays for some time more. If there is no
+// new connection, the token is lost after all.
+func (k *Keyset) recycle(ctx context.Context, c *connection, after func()) (lost bool) {
 	objects := k.module.SessionObjects.Load()
 	err := k.module.Recycle(ctx, c.incarnation)
+	after()
 	if errors.Is(err, module.ErrBusy) && k.keep(c) {
 		k.log.Info("PKCS#11 module not recycled", "error", err)
-		return
+		return false
 	}
 	close(c.gone)
 	var next *connection
@@ -62,9 +78,7 @@ func (k *Keyset) recycle(ctx context.Context, c *connection) {
 		err = fmt.Errorf("initialising the PKCS#11 module anew: %w", err)
 		k.log.Error("token lost", "error", err)
 	}
-	if !k.settle(next, err) {
-		k.recover(ctx, nil)
-	}
+	return !k.settle(next, err)
 }
 
 // keep puts c back to use, unless it has lost a session meanwhile, until a tenth as many
@@ -75,7 +89,10 @@ func (k *Keyset) keep(c *connection) bool {
 	if k.closed || c.spoiled.Load() {
 		return false
 	}
-	k.connection = c
+	next := *c
+	next.keys, next.known = maps.Clone(c.keys), maps.Clone(c.known)
+	k.choose(&next)
+	k.connection = &next
 	k.recycleAt.Store(k.module.SessionObjects.Load() + k.recycleAt.Load()/10 + 1)
 	k.release()
 	return true

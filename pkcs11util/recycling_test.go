@@ -176,6 +176,65 @@ func TestRecyclingSparesAnOperator(t *testing.T) {
 	}
 }
 
+// What is said of the keys while the module is recycled holds afterwards, too, whether the recycling
+// comes about or not.
+func TestKeysChosenWhileRecycling(t *testing.T) {
+	t.Parallel()
+	for _, function := range []string{"C_Sign", "C_GenerateRandom"} {
+		t.Run(function, func(t *testing.T) {
+			t.Parallel()
+			s := tokentest.NewShimmed(t)
+			cfg := s.Config()
+			cfg.RecycleAfter = 60
+			keys := s.OpenKeyset(t, cfg)
+			if err := errors.Join(keys.MakeKey(ctx, pkcs11util.Master, 2), keys.SetCurrent(pkcs11util.Master, 1, 0)); err != nil {
+				t.Fatal(err)
+			}
+			old, err := keys.Seal(ctx, pkcs11util.Master, id, []byte("text"), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var wg sync.WaitGroup
+			before := s.Calls("C_Finalize")
+			s.Hang(function, 1)
+			if function == "C_GenerateRandom" { // a call that hangs, and the recycling gives way to it
+				wg.Go(func() { _, _ = keys.Random(ctx, 8) })
+				eventually(t, "the call hangs", func() bool { return s.Held(function) == 1 })
+			}
+			wg.Go(func() {
+				for range 60 {
+					if _, err := keys.Multiply(ctx, pkcs11util.Server, 1, generator); err != nil {
+						t.Error(err)
+					}
+				}
+			})
+			eventually(t, "a recycling", func() bool { return keys.Recycling() })
+			if function == "C_Sign" { // the new connection's proof hangs, after the keys were found
+				eventually(t, "the proof hangs", func() bool { return s.Held(function) == 1 })
+			}
+			if err := keys.SetCurrent(pkcs11util.Master, 2, 0); err != nil {
+				t.Fatal(err)
+			}
+			keys.Forget(pkcs11util.Master, 1)
+			if function == "C_Sign" {
+				s.Release(function)
+			}
+			sealed, err := keys.Seal(ctx, pkcs11util.Master, id, []byte("text"), nil)
+			if err != nil || sealed[4] != 2 || keys.Newest(pkcs11util.Master) != 2 {
+				t.Errorf("sealed under another generation than the chosen one: %x, %v", sealed, err)
+			}
+			if _, authentic, err := keys.Open(ctx, pkcs11util.Master, id, old, nil); authentic || err != nil {
+				t.Errorf("a forgotten key opened: %v, %v", authentic, err)
+			}
+			if recycled := s.Calls("C_Finalize") > before; recycled != (function == "C_Sign") {
+				t.Errorf("recycled: %v", recycled)
+			}
+			s.Release(function)
+			wg.Wait()
+		})
+	}
+}
+
 // Whoever waits for a recycling does so within his context.
 func TestRecyclingRespectsContexts(t *testing.T) {
 	t.Parallel()

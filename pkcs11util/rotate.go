@@ -40,7 +40,7 @@ var (
 
 // rotation is a Keyset's knowledge of which keys to use. It is guarded by Keyset.mu, but for changes and the counts.
 type rotation struct {
-	// changes is held while keys are made, destroyed or looked for: one at a time.
+	// changes is held while keys are made, destroyed or looked for, and while the module is recycled: one at a time.
 	changes sync.Mutex
 
 	serial    string
@@ -109,9 +109,8 @@ func (k *Keyset) SetCurrent(purpose string, generation uint32, sealsElsewhere ui
 
 // inUse is the generation of each purpose that new work uses if keys are there: the chosen one. If that is
 // gone and a higher one is there, others have rotated, and it is the highest. The forgotten ones it takes away.
+// The caller holds mu.
 func (k *Keyset) inUse(keys map[KeyName]*key) map[string]uint32 {
-	k.mu.Lock()
-	defer k.mu.Unlock()
 	newest := map[string]uint32{}
 	for name := range keys {
 		if k.forgotten[name] {
@@ -126,6 +125,14 @@ func (k *Keyset) inUse(keys map[KeyName]*key) map[string]uint32 {
 		}
 	}
 	return newest
+}
+
+// choose applies to a connection what SetCurrent and Forget have said, also while it was made. The
+// caller holds mu, and nobody else has the connection or its maps yet.
+func (k *Keyset) choose(c *connection) {
+	c.newest = k.inUse(c.keys)
+	maps.DeleteFunc(c.known, func(name KeyName, _ knownAnswer) bool { return c.keys[name] == nil })
+	k.known, k.newest = c.known, c.newest
 }
 
 // count returns the counter of a key.
@@ -227,7 +234,9 @@ func (k *Keyset) Look(ctx context.Context) error {
 			return err
 		}
 		known := map[KeyName]knownAnswer{}
+		k.mu.Lock()
 		newest := k.inUse(keys)
+		k.mu.Unlock()
 		for name, key := range keys {
 			if old, ok := c.known[name]; ok {
 				known[name] = old
@@ -242,21 +251,22 @@ func (k *Keyset) Look(ctx context.Context) error {
 				return fmt.Errorf("%s, which is in use: %w", name, ErrNoKey)
 			}
 		}
-		k.replace(c, keys, known, newest)
+		k.replace(c, keys, known)
 		return nil
 	})
 }
 
 // replace gives the connection another set of keys. If it is lost already, the next one finds the keys for itself.
-func (k *Keyset) replace(c *connection, keys map[KeyName]*key, known map[KeyName]knownAnswer, newest map[string]uint32) {
+func (k *Keyset) replace(c *connection, keys map[KeyName]*key, known map[KeyName]knownAnswer) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.connection == nil || k.connection.gone != c.gone {
+	if !k.isCurrent(c) {
 		return
 	}
 	next := *k.connection
-	next.keys, next.known, next.newest = keys, known, newest
-	k.connection, k.known, k.newest = &next, known, newest
+	next.keys, next.known = keys, known
+	k.choose(&next)
+	k.connection = &next
 }
 
 // MakeKey makes a key of a purpose and generation in the token: generated under a temporary
@@ -293,7 +303,7 @@ func (k *Keyset) MakeKey(ctx context.Context, purpose string, generation uint32)
 		}
 		keys, known := maps.Clone(c.keys), maps.Clone(c.known)
 		keys[name], known[name] = key, answer
-		k.replace(c, keys, known, k.inUse(keys))
+		k.replace(c, keys, known)
 		return nil
 	})
 }
