@@ -320,11 +320,14 @@ func (s session) require(h pkcs11.ObjectHandle, want []*pkcs11.Attribute) error 
 }
 
 // parseECPoint reads CKA_EC_POINT: an uncompressed point, in a DER OCTET STRING as
-// PKCS #11 v2.40 section 2.3.3 (mechanisms) says, or bare as some tokens have it.
+// PKCS #11 v2.40 section 2.3.3 (mechanisms) says, or bare as some tokens have it. The length tells
+// which: a bare point begins with 0x04 as an OCTET STRING does, and one in 256 reads as one.
 func parseECPoint(b []byte) (publicKey, error) {
-	var inner []byte
-	if rest, err := asn1.Unmarshal(b, &inner); err == nil && len(rest) == 0 {
-		b = inner
+	if len(b) != uncompressedBytes {
+		var inner []byte
+		if rest, err := asn1.Unmarshal(b, &inner); err == nil && len(rest) == 0 {
+			b = inner
+		}
 	}
 	if len(b) != uncompressedBytes {
 		return publicKey{}, fmt.Errorf("CKA_EC_POINT is no uncompressed point of P-256 (%d bytes)", len(b))

@@ -139,3 +139,30 @@ func BenchmarkPointArithmetic(b *testing.B) {
 		}
 	}
 }
+
+// Points read alike bare and in an OCTET STRING, those too whose bare form is a whole OCTET
+// STRING of 63 bytes.
+func TestParseECPoint(t *testing.T) {
+	odd := 0
+	p := nistec.NewP256Point().SetGenerator()
+	for range 2000 {
+		bare := p.Bytes()
+		if bare[1] == uncompressedBytes-2 {
+			odd++
+		}
+		for _, b := range [][]byte{bare, append([]byte{0x04, uncompressedBytes}, bare...)} {
+			if got, err := parseECPoint(b); err != nil || got.compressed != [pointBytes]byte(p.BytesCompressed()) {
+				t.Fatalf("%x: %v", b, err)
+			}
+		}
+		for _, b := range [][]byte{nil, bare[:64], append(bare, 0), p.BytesCompressed(), append([]byte{0x04, 64}, bare...)} {
+			if _, err := parseECPoint(b); err == nil {
+				t.Fatalf("%x: accepted", b)
+			}
+		}
+		p.Add(p, nistec.NewP256Point().SetGenerator())
+	}
+	if odd == 0 {
+		t.Error("no point was of the kind that misleads")
+	}
+}
