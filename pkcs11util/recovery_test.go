@@ -143,6 +143,8 @@ func TestFaultsMend(t *testing.T) {
 					eventually(t, "service again", func() bool { return keys.Check(ctx) == nil })
 					working(t, keys, sealed)
 				}
+				// A recovery is put to use before it is logged.
+				eventually(t, "the log of both recoveries", func() bool { return log.count("token recovered") >= 2 })
 				if lost, back := log.count("token lost"), log.count("token recovered"); lost != 2 || back != 2 {
 					t.Errorf("lost %d times, recovered %d times, of 2:\n%s", lost, back, strings.Join(log.all(), ""))
 				}
