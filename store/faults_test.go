@@ -22,7 +22,7 @@ func newAccount(id vault.AccountID) vault.Change {
 	now := time.Date(2026, 5, 6, 7, 8, 9, 1000, time.UTC)
 	g := vault.Generation{
 		Number: 1, ID: vault.GenerationID{1}, State: vault.Active, CreatedAt: now, KSF: vault.KSF{Time: 3, MemoryKiB: 65536, Threads: 4},
-		Sealed: []byte(strings.Repeat("sealed", 50)), OPRFKey: 1, ServerKey: 1, Strategy: vault.StrategyDerive,
+		Sealed: []byte(strings.Repeat("sealed", 50)), OPRFKey: 1, ServerKey: 1, Strategy: "derive",
 	}
 	a := vault.Account{
 		ID: id, Pseudonym: [32]byte{1}, Policy: vault.DefaultPolicy(), Head: g.ID, NextNumber: 2, MACKey: 1, MAC: vault.RowMAC{1},

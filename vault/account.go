@@ -136,10 +136,6 @@ type Generation struct {
 	Attempts []Attempt
 }
 
-// StrategyDerive is the ECDH strategy of a token that lets x-coordinates be read:
-// two derivations give the full point.
-const StrategyDerive = "derive"
-
 // Live reports whether the generation can be attempted.
 func (g *Generation) Live() bool { return g.State == Active || g.State == Frozen }
 

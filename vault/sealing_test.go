@@ -18,7 +18,7 @@ func TestRowMACCoversEveryField(t *testing.T) {
 		a.Generations[2].Reason = Exhausted
 		for i := range a.Generations {
 			g := &a.Generations[i]
-			g.ExpiresAt, g.CreatedAt, g.Strategy = epoch, epoch, StrategyDerive
+			g.ExpiresAt, g.CreatedAt, g.Strategy = epoch, epoch, "derive"
 			g.Attempts = []Attempt{{Number: 1, Outcome: Open, ChargedAt: epoch, ExpiresAt: epoch}}
 		}
 		return a

@@ -227,7 +227,7 @@ func (t *SoftToken) Generations(purpose string) (held []uint32) {
 }
 
 // Strategy implements vault.Token.
-func (t *SoftToken) Strategy() string { return vault.StrategyDerive }
+func (t *SoftToken) Strategy() string { return "derive" }
 
 // Random implements vault.Token.
 func (t *SoftToken) Random(ctx context.Context, n int) ([]byte, error) {

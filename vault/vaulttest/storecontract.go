@@ -88,7 +88,7 @@ func newGeneration(number uint32, state vault.State, now time.Time) vault.Genera
 	g := vault.Generation{
 		Number: number, State: state, CreatedAt: now.Add(-time.Hour - time.Microsecond),
 		KSF:     vault.KSF{Time: 3, MemoryKiB: 1<<32 - 1, Threads: 4},
-		OPRFKey: 7, ServerKey: 1<<32 - 1, Strategy: vault.StrategyDerive, Sealed: make([]byte, 300),
+		OPRFKey: 7, ServerKey: 1<<32 - 1, Strategy: "derive", Sealed: make([]byte, 300),
 	}
 	for _, b := range [][]byte{g.ID[:], g.Digest[:], g.OwnerKey[:], g.Sealed} {
 		random(b)
