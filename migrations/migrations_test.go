@@ -138,8 +138,13 @@ func TestFromPreviousToLatestWithRows(t *testing.T) {
 			ksf_time, ksf_memory_kib, ksf_threads, sealed, oprf_key, server_key, strategy, started, last_success, successes, attempts)
 		VALUES ('app', 'ann', 1, decode(repeat('ab', 16), 'hex'), 'active', now(), sha256('d'), sha256('o'),
 			3, 65536, 4, 'sealed', 1, 1, 'derive', 3, 0, 0, '[]')`)
+	db.Exec(t, `INSERT INTO events (kind, tenant, pseudonym, generation_id, attempt)
+		VALUES ('attempt', 'app', sha256('p'), decode(repeat('ab', 16), 'hex'), 3)`)
 	if err := migrations.Up(t.Context(), db.OwnerURL, quiet); err != nil {
 		t.Fatal(err)
+	}
+	if n := db.Exec(t, `SELECT FROM events JOIN unsealed_events USING (id) WHERE kind = 'attempt' OR kind = 'migrated'`); n != 2 {
+		t.Errorf("%d events wait to be sealed, want that of before and the migration's", n)
 	}
 	if n := db.Exec(t, `SELECT FROM accounts JOIN generations USING (tenant, user_id) JOIN tenants ON id = tenant WHERE started = 3`); n != 1 {
 		t.Fatalf("%d rows came through", n)
@@ -192,14 +197,17 @@ func TestServiceMayDoNothingElse(t *testing.T) {
 	}
 	defer conn.Close(t.Context())
 	var statements []string
-	for _, table := range []string{"accounts", "generations", "events", "tenants", "tenant_keys", "key_generations", "token_proofs", "schema_version"} {
+	for _, table := range []string{"accounts", "generations", "events", "unsealed_events", "event_seals", "audit_checkpoints", "audit_keys", "audit_log",
+		"tenants", "tenant_keys", "key_generations", "token_proofs", "schema_version"} {
 		statements = append(statements, "DELETE FROM "+table, "TRUNCATE "+table, "DROP TABLE "+table,
 			"ALTER TABLE "+table+" ADD x integer")
 	}
 	for table, columns := range map[string]string{
 		"accounts":        "tenant user_id pseudonym created_at",
 		"generations":     "tenant user_id number generation_id follows created_at digest owner_key ksf_time ksf_memory_kib ksf_threads oprf_key server_key strategy",
-		"events":          "at kind tenant pseudonym generation_id attempt reason request_id",
+		"events":          "at kind tenant pseudonym generation_id attempt reason request_id purpose key_generation operator detail login",
+		"unsealed_events": "id", "event_seals": "sequence event_id hash", "audit_log": "vault_id identity_key",
+		"audit_checkpoints": "sequence hash at key_generation signature", "audit_keys": "generation public_key signature",
 		"tenants":         "id max_attempts delays grace created_at",
 		"tenant_keys":     "tenant kid public_key created_at revoked_at",
 		"key_generations": "purpose generation created_at",
@@ -211,7 +219,12 @@ func TestServiceMayDoNothingElse(t *testing.T) {
 		}
 	}
 	statements = append(statements,
-		"SELECT id FROM events",
+		"INSERT INTO events (kind, login) VALUES ('attempt', 'another')",
+		"INSERT INTO events (kind, at) VALUES ('attempt', now())",
+		"INSERT INTO unsealed_events VALUES (1)",
+		"INSERT INTO event_seals VALUES (1, 1, sha256('x'))",
+		"SELECT queue_event()",
+		"SELECT nextval(pg_get_serial_sequence('events', 'id'))",
 		"DO 'BEGIN LOCK TABLE accounts IN SHARE MODE; END'",
 		"INSERT INTO tenants SELECT * FROM tenants",
 		"INSERT INTO tenant_keys SELECT * FROM tenant_keys",

@@ -151,7 +151,7 @@ func TestConnectionLostAroundAWrite(t *testing.T) {
 					t.Fatalf("the same again: %v", err)
 				}
 			}
-			if n := db.Exec(t, `SELECT FROM events`); n != 1 {
+			if n := db.Exec(t, `SELECT FROM events WHERE pseudonym IS NOT NULL`); n != 1 {
 				t.Fatalf("%d events", n)
 			}
 		})
@@ -240,7 +240,7 @@ func TestWriteWaitsForTheRow(t *testing.T) {
 	if n := db.Exec(t, `SELECT FROM generations WHERE jsonb_array_length(attempts) = 9`); n != 1 {
 		t.Fatal("the generation was written all the same")
 	}
-	if n := db.Exec(t, `SELECT FROM events`); n != 9 {
+	if n := db.Exec(t, `SELECT FROM events WHERE pseudonym IS NOT NULL`); n != 9 {
 		t.Fatalf("%d events", n)
 	}
 }
@@ -426,7 +426,7 @@ func TestEvents(t *testing.T) {
 	g.State, g.Reason, g.Sealed = vault.Destroyed, vault.TurnedOff, nil
 	gone.Events = []vault.Event{{Kind: vault.EventDestroyed, Tenant: "alpha", Pseudonym: ch.Account.Pseudonym, Generation: g.ID, Reason: vault.TurnedOff, RequestID: "r2"}}
 	mustWrite(t, s, gone)
-	if n := db.Exec(t, `SELECT FROM events`); n != 3 {
+	if n := db.Exec(t, `SELECT FROM events WHERE pseudonym IS NOT NULL`); n != 3 {
 		t.Fatalf("%d events", n)
 	}
 	for _, want := range []string{
