@@ -42,3 +42,17 @@ type RotatedKey struct {
 type ForgottenToken struct {
 	Token string `json:"token"`
 }
+
+// AuditStatus is how far the audit log is sealed, as one vaultd knows it. Sealed and Signed are the sequence numbers of the last
+// event that was sealed and of the newest checkpoint. LagSeconds is how long the oldest of the waiting events has waited. Fault
+// is empty unless the log is not as the vault wrote it; only the instance that seals looks.
+type AuditStatus struct {
+	At         *time.Time `json:"at"`
+	Sealing    bool       `json:"sealing"`
+	Sealed     uint64     `json:"sealed"`
+	Signed     uint64     `json:"signed"`
+	SignedAt   *time.Time `json:"signed_at"`
+	Waiting    int        `json:"waiting"`
+	LagSeconds float64    `json:"lag_seconds"`
+	Fault      string     `json:"fault"`
+}

@@ -40,7 +40,7 @@ ON CONFLICT ON CONSTRAINT token_proofs_pk DO UPDATE SET
 	gone_at = CASE WHEN $4 THEN coalesce(token_proofs.gone_at, excluded.gone_at) END,
 	left_at = CASE WHEN $5 THEN coalesce(token_proofs.left_at, excluded.left_at) END`
 
-	writeKeyEvent = `INSERT INTO events (kind, purpose, key_generation) VALUES ($1, $2, $3)`
+	writeKeyEvent = `INSERT INTO events (kind, purpose, key_generation, detail, operator) VALUES ($1, $2, $3, $4, $5)`
 
 	// keyEditors is the key of the advisory lock that EditKeys takes: "bkvkeys" in ASCII.
 	keyEditors = 0x626b766b657973
@@ -155,7 +155,12 @@ func writeKeys(ctx context.Context, tx pgx.Tx, purpose string, before []vault.Ke
 		queueKey(batch, g)
 	}
 	for _, event := range e.Events {
-		batch.Queue(writeKeyEvent, event.Kind, event.Key.Purpose, event.Key.Generation)
+		var generation *int64 // null: about no key
+		if event.Key != (vault.Key{}) {
+			n := int64(event.Key.Generation)
+			generation = &n
+		}
+		batch.Queue(writeKeyEvent, event.Kind, textOrNull(event.Key.Purpose), generation, textOrNull(event.Detail), textOrNull(event.Operator))
 	}
 	return tx.SendBatch(ctx, batch).Close()
 }

@@ -6,6 +6,7 @@ import (
 	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rsa"
+	"crypto/sha256"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -124,11 +125,15 @@ WITH tenant AS (
 ), keys AS (
 	INSERT INTO tenant_keys (tenant, kid, public_key)
 	SELECT tenant.id, k.kid, k.public_key FROM tenant, unnest($5::text[], $6::bytea[]) AS k (kid, public_key)
+), recorded AS (
+	INSERT INTO events (kind, tenant, operator, detail)
+	SELECT e.kind, tenant.id, $7, e.detail FROM tenant, unnest($8::text[], $9::text[]) AS e (kind, detail)
 )
 SELECT count(*) FROM tenant`
 
 // AddTenant adds a tenant with its first keys, or nothing of it: ErrTenantExists. Like
-// all calls below it needs the owner's role, and is refused to the service's.
+// all calls below it needs the owner's role, and is refused to the service's. Each is an event, by
+// vault.OperatorOf the context.
 func (s *Store) AddTenant(ctx context.Context, t vault.Tenant) error {
 	if !tenantID.MatchString(t.ID) {
 		return errors.New("tenant id: want 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit")
@@ -137,6 +142,7 @@ func (s *Store) AddTenant(ctx context.Context, t vault.Tenant) error {
 		return err
 	}
 	kids, keys := make([]string, len(t.Keys)), make([][]byte, len(t.Keys))
+	kinds, details := []string{"tenant-added"}, []string{policyDetail(t.Policy)}
 	for i, k := range t.Keys {
 		if err := checkKey(k); err != nil {
 			return err
@@ -145,10 +151,12 @@ func (s *Store) AddTenant(ctx context.Context, t vault.Tenant) error {
 			return fmt.Errorf("kid %q: %w", k.ID, ErrKeyExists)
 		}
 		kids[i], keys[i] = k.ID, k.PublicKey
+		kinds, details = append(kinds, "tenant-key-added"), append(details, keyDetail(k))
 	}
 	var added int
 	err := s.with(ctx, "adding a tenant", func(ctx context.Context, conn *pgx.Conn) error {
-		return conn.QueryRow(ctx, addTenant, t.ID, t.Policy.MaxAttempts, delaysOf(t.Policy), t.Policy.Grace, kids, keys).Scan(&added)
+		return conn.QueryRow(ctx, addTenant, t.ID, t.Policy.MaxAttempts, delaysOf(t.Policy), t.Policy.Grace, kids, keys,
+			operator(ctx), kinds, details).Scan(&added)
 	})
 	if err == nil && added == 0 {
 		return ErrTenantExists
@@ -156,7 +164,11 @@ func (s *Store) AddTenant(ctx context.Context, t vault.Tenant) error {
 	return err
 }
 
-const setPolicy = `UPDATE tenants SET max_attempts = $2, delays = $3, grace = $4 WHERE id = $1`
+const setPolicy = `
+WITH tenant AS (
+	UPDATE tenants SET max_attempts = $2, delays = $3, grace = $4 WHERE id = $1 RETURNING id
+)
+INSERT INTO events (kind, tenant, operator, detail) SELECT 'tenant-policy', id, $5, $6 FROM tenant`
 
 // SetPolicy changes what the tenant's users get when they enrol the next time; keys
 // that are enrolled keep the policy that they have. An unknown tenant is ErrUnknownTenant.
@@ -166,7 +178,7 @@ func (s *Store) SetPolicy(ctx context.Context, tenant string, p vault.Policy) er
 	}
 	var set int64
 	err := s.with(ctx, "setting a tenant's policy", func(ctx context.Context, conn *pgx.Conn) error {
-		tag, err := conn.Exec(ctx, setPolicy, tenant, p.MaxAttempts, delaysOf(p), p.Grace)
+		tag, err := conn.Exec(ctx, setPolicy, tenant, p.MaxAttempts, delaysOf(p), p.Grace, operator(ctx), policyDetail(p))
 		set = tag.RowsAffected()
 		return err
 	})
@@ -176,7 +188,11 @@ func (s *Store) SetPolicy(ctx context.Context, tenant string, p vault.Policy) er
 	return err
 }
 
-const addTenantKey = `INSERT INTO tenant_keys (tenant, kid, public_key) VALUES ($1, $2, $3)`
+const addTenantKey = `
+WITH added AS (
+	INSERT INTO tenant_keys (tenant, kid, public_key) VALUES ($1, $2, $3) RETURNING tenant
+)
+INSERT INTO events (kind, tenant, operator, detail) SELECT 'tenant-key-added', tenant, $4, $5 FROM added`
 
 // AddTenantKey adds a key. A kid is never used again, by a revoked key neither: ErrKeyExists.
 // An unknown tenant is ErrUnknownTenant.
@@ -185,7 +201,7 @@ func (s *Store) AddTenantKey(ctx context.Context, tenant string, key vault.Tenan
 		return err
 	}
 	err := s.with(ctx, "adding a tenant's key", func(ctx context.Context, conn *pgx.Conn) error {
-		_, err := conn.Exec(ctx, addTenantKey, tenant, key.ID, key.PublicKey)
+		_, err := conn.Exec(ctx, addTenantKey, tenant, key.ID, key.PublicKey, operator(ctx), keyDetail(key))
 		return err
 	})
 	switch {
@@ -200,18 +216,22 @@ func (s *Store) AddTenantKey(ctx context.Context, tenant string, key vault.Tenan
 const revokeTenantKey = `
 WITH tenant AS (
 	SELECT id FROM tenants WHERE id = $1
+), key AS (
+	SELECT kid FROM tenant_keys WHERE tenant = $1 AND kid = $2
 ), revoked AS (
-	UPDATE tenant_keys SET revoked_at = coalesce(revoked_at, statement_timestamp()) WHERE tenant = $1 AND kid = $2
-	RETURNING kid
+	UPDATE tenant_keys SET revoked_at = statement_timestamp() WHERE tenant = $1 AND kid = $2 AND revoked_at IS NULL
+	RETURNING tenant, kid
+), recorded AS (
+	INSERT INTO events (kind, tenant, operator, detail) SELECT 'tenant-key-revoked', tenant, $3, 'kid=' || kid FROM revoked
 )
-SELECT (SELECT count(*) FROM tenant), (SELECT count(*) FROM revoked)`
+SELECT (SELECT count(*) FROM tenant), (SELECT count(*) FROM key)`
 
 // RevokeTenantKey ends the use of a key. One that is revoked already stays as it is. An
 // unknown tenant is ErrUnknownTenant, an unknown kid ErrUnknownKey.
 func (s *Store) RevokeTenantKey(ctx context.Context, tenant, kid string) error {
 	var tenants, keys int
 	err := s.with(ctx, "revoking a tenant's key", func(ctx context.Context, conn *pgx.Conn) error {
-		return conn.QueryRow(ctx, revokeTenantKey, tenant, kid).Scan(&tenants, &keys)
+		return conn.QueryRow(ctx, revokeTenantKey, tenant, kid, operator(ctx)).Scan(&tenants, &keys)
 	})
 	switch {
 	case err != nil:
@@ -222,6 +242,18 @@ func (s *Store) RevokeTenantKey(ctx context.Context, tenant, kid string) error {
 		return ErrUnknownKey
 	}
 	return nil
+}
+
+// operator is who asks, for events.
+func operator(ctx context.Context) *string { return textOrNull(vault.OperatorOf(ctx)) }
+
+// policyDetail and keyDetail are what events say of a policy and a key.
+func policyDetail(p vault.Policy) string {
+	return fmt.Sprintf("max_attempts=%d delays=%v grace=%v", p.MaxAttempts, p.Delays, p.Grace)
+}
+
+func keyDetail(k vault.TenantKey) string {
+	return fmt.Sprintf("kid=%s sha256=%x", k.ID, sha256.Sum256(k.PublicKey))
 }
 
 func checkPolicy(p vault.Policy) error {

@@ -258,6 +258,7 @@ const (
 	EventActivated  EventKind = "activated"
 	EventFrozen     EventKind = "frozen"
 	EventReinstated EventKind = "reinstated"
+	EventTurnedOff  EventKind = "turned-off" // and frozen or destroyed thereby
 	EventAttempt    EventKind = "attempt"
 	EventSuccess    EventKind = "success"
 	EventFailure    EventKind = "failure"

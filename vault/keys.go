@@ -164,8 +164,10 @@ type KeyEdit struct {
 
 // KeyEvent records a change of a key, in the transaction that makes the change.
 type KeyEvent struct {
-	Kind EventKind
-	Key  Key
+	Kind     EventKind
+	Key      Key    // zero: about a token as a whole
+	Detail   string // of key-erased and token-forgotten, the token's serial number
+	Operator string // who asked; empty: the vault acted by itself, or nobody knows who
 }
 
 // Kinds of events of keys.
@@ -173,10 +175,17 @@ const (
 	EventKeyMade      EventKind = "key-made"
 	EventKeyCurrent   EventKind = "key-current"
 	EventRewrapDone   EventKind = "rewrap-done"
+	EventKeyClosing   EventKind = "key-closing"
+	EventKeyErased    EventKind = "key-erased" // in one token
 	EventKeyDestroyed EventKind = "key-destroyed"
+	EventForgotten    EventKind = "token-forgotten"
 )
 
-func (e *KeyEdit) note(kind EventKind, key Key) { e.Events = append(e.Events, KeyEvent{kind, key}) }
+func (e *KeyEdit) note(kind EventKind, key Key) { e.noteAt(kind, key, "") }
+
+func (e *KeyEdit) noteAt(kind EventKind, key Key, serial string) {
+	e.Events = append(e.Events, KeyEvent{Kind: kind, Key: key, Detail: serial})
+}
 
 // KeyStore keeps the table of keys. Implementations are safe for concurrent use, by several processes.
 type KeyStore interface {

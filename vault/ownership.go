@@ -40,8 +40,10 @@ func (v *Vault) TurnOff(ctx context.Context, c Caller, generation GenerationID, 
 		case g.State == Staged:
 			return &Conflict{Reason: "the generation is staged and not activated yet; it expires by itself"}
 		case proven:
+			e.note(g, EventTurnedOff, 0)
 			e.destroy(g, TurnedOff)
 		default:
+			e.note(g, EventTurnedOff, 0)
 			if err := e.freeze(g); err != nil {
 				return err
 			}

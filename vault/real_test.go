@@ -400,7 +400,7 @@ func TestADumpGivesNothingToGuessWith(t *testing.T) {
 		"accounts": "tenant user_id pseudonym max_attempts delays grace head next_number mac_key mac due_at created_at updated_at",
 		"generations": "tenant user_id number generation_id follows state reason created_at expires_at digest owner_key " +
 			"ksf_time ksf_memory_kib ksf_threads sealed oprf_key server_key strategy started last_success successes attempts destroyed_at",
-		"events": "id at kind tenant pseudonym generation_id attempt reason request_id purpose key_generation",
+		"events": "id at kind tenant pseudonym generation_id attempt reason request_id purpose key_generation operator detail login",
 	}
 	for _, c := range columns {
 		table, column, _ := strings.Cut(c, ".")

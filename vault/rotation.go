@@ -253,7 +253,13 @@ func (r *Rotation) read(ctx context.Context) (*KeyTable, error) {
 }
 
 func (r *Rotation) edit(ctx context.Context, purpose string, edit func(*KeyEdit) error) error {
-	err := r.store.EditKeys(ctx, purpose, edit)
+	err := r.store.EditKeys(ctx, purpose, func(e *KeyEdit) error {
+		err := edit(e)
+		for i := range e.Events {
+			e.Events[i].Operator = OperatorOf(ctx)
+		}
+		return err
+	})
 	var refused *KeyRefusal
 	if err == nil || errors.As(err, &refused) {
 		return err
@@ -595,7 +601,10 @@ func (r *Rotation) Destroy(ctx context.Context, key Key) error {
 		case g.State == KeyDestroyed:
 			return nil // it may have come back with an old copy of the token
 		}
-		g.State = KeyClosing
+		if g.State != KeyClosing {
+			g.State = KeyClosing
+			e.note(EventKeyClosing, key)
+		}
 		return nil
 	})
 	if err != nil {
@@ -611,7 +620,9 @@ func (r *Rotation) Destroy(ctx context.Context, key Key) error {
 		return tokenFault(fmt.Sprintf("destroying key %v", key), err)
 	}
 	err = r.edit(ctx, key.Purpose, func(e *KeyEdit) error {
-		if e.Find(key).release(r.token.Serial(), e.Now, true) {
+		gone := e.Find(key).release(r.token.Serial(), e.Now, true)
+		e.noteAt(EventKeyErased, key, r.token.Serial())
+		if gone {
 			e.note(EventKeyDestroyed, key)
 		}
 		return nil
@@ -638,8 +649,11 @@ func (r *Rotation) ForgetToken(ctx context.Context, serial string) error {
 	if !slices.Contains(table.tokens(), serial) {
 		return &InvalidRequest{Field: "token", Reason: fmt.Sprintf("no token %q is in service; there are %v", serial, table.tokens())}
 	}
-	for _, purpose := range purposes {
+	for i, purpose := range purposes {
 		if err := r.edit(ctx, purpose, func(e *KeyEdit) error {
+			if i == 0 {
+				e.noteAt(EventForgotten, Key{}, serial)
+			}
 			for i := range e.Keys {
 				if g := &e.Keys[i]; g.Purpose == purpose && g.release(serial, e.Now, false) {
 					e.note(EventKeyDestroyed, g.Key)

@@ -94,6 +94,9 @@ type Identity struct {
 	Signature   [64]byte // of Keys.Digest, by the identity key
 }
 
+// identityGeneration is the identity key's: it has one, ever, as clients pin it.
+const identityGeneration = 1
+
 // keyListLifetime is how long a signed key list holds; one is signed for each call
 // of Identity, so callers keep the answer for a while.
 const keyListLifetime = 7 * 24 * time.Hour
@@ -102,7 +105,6 @@ const keyListLifetime = 7 * 24 * time.Hour
 // server key that records may be served with, the one in use first. Its serial is the generation in use, so
 // that all instances agree on it and it grows with every new key.
 func (v *Vault) Identity(ctx context.Context, now time.Time) (*Identity, error) {
-	const identityGeneration = 1 // it has one, ever: clients pin it
 	key, err := v.token.PublicKey(purposeIdentity, identityGeneration)
 	if err != nil {
 		return nil, tokenFault("reading the identity key", err)

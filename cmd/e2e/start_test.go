@@ -133,6 +133,10 @@ func TestRefusesToStart(t *testing.T) {
 			return schema(t, `INSERT INTO schema_version (version_id, is_applied) VALUES (999, true)`)
 		}, `the database is newer than this program.*999`},
 		"rights not granted": {func(t testing.TB) string { return schema(t, `REVOKE SELECT ON schema_version FROM bkv_runtime`) }, `GRANT bkv_runtime TO "bkv_service"`},
+		"a right withdrawn":  {func(t testing.TB) string { return schema(t, `REVOKE INSERT (kind) ON events FROM bkv_runtime`) }, `may not INSERT kind on table events; have the owner run: GRANT`},
+		"a right too many":   {func(t testing.TB) string { return schema(t, `GRANT DELETE ON events TO bkv_runtime`) }, `"bkv_service" may DELETE on table events; have the owner take that away`},
+		"the tables' owner":  {func(t testing.TB) string { return urlFile(t, d.database.OwnerURL) }, `may do more than the service needs: role "bkv_owner" owns the vault's tables; log in as another role`},
+		"a superuser":        {func(t testing.TB) string { return urlFile(t, d.database.SuperuserURL()) }, `role "postgres" is a superuser; log in as another role, made with: CREATE ROLE vaultd LOGIN IN ROLE bkv_runtime`},
 
 		"no module":      {func(testing.TB) string { return "BKV_TOKEN_MODULE=/nowhere/module.so" }, `/nowhere/module.so`},
 		"not a module":   {func(testing.TB) string { return "BKV_TOKEN_MODULE=/etc/passwd" }, `/etc/passwd`},

@@ -16,19 +16,20 @@ const description = "vaultd is the backup key vault: it keeps the keys of end-to
 
 // config is vaultd's manual: flags, environment, help and the README's table come from it.
 type config struct {
-	VaultID  string            `name:"vault-id" env:"BKV_VAULT_ID" placeholder:"ID" help:"The vault's id, 1 to 255 bytes: the audience of tokens and OPAQUE's server identity. It can never change: every record depends on it."`
-	Context  string            `name:"opaque-context" env:"BKV_OPAQUE_CONTEXT" placeholder:"TEXT" help:"OPAQUE's context (RFC 9807). Leave it empty unless all clients send one; it can never change."`
-	Listen   string            `default:"127.0.0.1:8420" env:"BKV_LISTEN" placeholder:"HOST:PORT" help:"Where tenants' back ends reach the API. Plain HTTP: put it behind a proxy that ends TLS, or keep it on loopback."`
-	Admin    string            `name:"admin-listen" default:"127.0.0.1:8421" env:"BKV_ADMIN_LISTEN" placeholder:"HOST:PORT" help:"Where operators reach /healthz, /readyz and, with vaultctl key, the keys. Never public: whoever reaches it can rotate and destroy keys."`
-	Token    settings.Token    `embed:"" prefix:"token-"`
-	Sessions int               `name:"token-sessions" default:"4" env:"BKV_TOKEN_SESSIONS" placeholder:"N" help:"Sessions kept open with the token. SoftHSM gains nothing beyond a few; a hardware HSM may want 30."`
-	Database settings.Database `embed:"" prefix:"database-"`
-	Conns    int               `name:"database-connections" default:"16" env:"BKV_DATABASE_CONNECTIONS" placeholder:"N" help:"Most connections to the database."`
-	Sweep    time.Duration     `name:"sweep-every" default:"10s" env:"BKV_SWEEP_EVERY" placeholder:"DURATION" help:"How often keys that are used up, or past their grace, are looked for and destroyed."`
-	Stop     time.Duration     `name:"stop-within" default:"20s" env:"BKV_STOP_WITHIN" placeholder:"DURATION" help:"How long a stop waits for running requests."`
-	StateKey time.Duration     `name:"rotate-state-every" default:"720h" env:"BKV_ROTATE_STATE_EVERY" placeholder:"DURATION" help:"How long one key seals the states that clients carry between two requests; the next one is made by itself, and the old one destroyed when no state under it can be valid any more. At most 720h."`
-	Rewraps  int               `name:"rewraps-per-second" default:"200" env:"BKV_REWRAPS_PER_SECOND" placeholder:"N" help:"Most records that are moved to a new master or mac key in a second, after a rotation."`
-	LogLevel string            `default:"info" env:"BKV_LOG_LEVEL" placeholder:"LEVEL" help:"debug, info, warn or error. Logs are JSON lines on standard error; they never hold bodies, tokens, PINs or user ids."`
+	VaultID     string            `name:"vault-id" env:"BKV_VAULT_ID" placeholder:"ID" help:"The vault's id, 1 to 255 bytes: the audience of tokens and OPAQUE's server identity. It can never change: every record depends on it."`
+	Context     string            `name:"opaque-context" env:"BKV_OPAQUE_CONTEXT" placeholder:"TEXT" help:"OPAQUE's context (RFC 9807). Leave it empty unless all clients send one; it can never change."`
+	Listen      string            `default:"127.0.0.1:8420" env:"BKV_LISTEN" placeholder:"HOST:PORT" help:"Where tenants' back ends reach the API. Plain HTTP: put it behind a proxy that ends TLS, or keep it on loopback."`
+	Admin       string            `name:"admin-listen" default:"127.0.0.1:8421" env:"BKV_ADMIN_LISTEN" placeholder:"HOST:PORT" help:"Where operators reach /healthz, /readyz and, with vaultctl key, the keys. Never public: whoever reaches it can rotate and destroy keys."`
+	Token       settings.Token    `embed:"" prefix:"token-"`
+	Sessions    int               `name:"token-sessions" default:"4" env:"BKV_TOKEN_SESSIONS" placeholder:"N" help:"Sessions kept open with the token. SoftHSM gains nothing beyond a few; a hardware HSM may want 30."`
+	Database    settings.Database `embed:"" prefix:"database-"`
+	Conns       int               `name:"database-connections" default:"16" env:"BKV_DATABASE_CONNECTIONS" placeholder:"N" help:"Most connections to the database."`
+	Sweep       time.Duration     `name:"sweep-every" default:"10s" env:"BKV_SWEEP_EVERY" placeholder:"DURATION" help:"How often keys that are used up, or past their grace, are looked for and destroyed."`
+	Stop        time.Duration     `name:"stop-within" default:"20s" env:"BKV_STOP_WITHIN" placeholder:"DURATION" help:"How long a stop waits for running requests."`
+	StateKey    time.Duration     `name:"rotate-state-every" default:"720h" env:"BKV_ROTATE_STATE_EVERY" placeholder:"DURATION" help:"How long one key seals the states that clients carry between two requests; the next one is made by itself, and the old one destroyed when no state under it can be valid any more. At most 720h."`
+	Rewraps     int               `name:"rewraps-per-second" default:"200" env:"BKV_REWRAPS_PER_SECOND" placeholder:"N" help:"Most records that are moved to a new master or mac key in a second, after a rotation."`
+	Checkpoints time.Duration     `name:"checkpoint-every" default:"10s" env:"BKV_CHECKPOINT_EVERY" placeholder:"DURATION" help:"Least time between two signed checkpoints of the audit log. Events are sealed within a second or two; what is not signed yet, whoever can write to the database can still change unseen."`
+	LogLevel    string            `default:"info" env:"BKV_LOG_LEVEL" placeholder:"LEVEL" help:"debug, info, warn or error. Logs are JSON lines on standard error; they never hold bodies, tokens, PINs or user ids."`
 
 	EnrolmentsPerUser   int `default:"10" env:"BKV_ENROLMENTS_PER_USER" placeholder:"N" help:"Enrolment starts that a user may make in an hour, at this instance."`
 	EnrolmentsPerTenant int `default:"50" env:"BKV_ENROLMENTS_PER_TENANT" placeholder:"N" help:"Enrolment starts that a tenant may make in a second, at this instance; twice as many in a burst."`
@@ -71,6 +72,9 @@ func (c *config) Validate() error {
 	}
 	if c.Rewraps < 1 || c.Rewraps > 1_000_000 {
 		report("--rewraps-per-second: want 1 to 1000000, got %d", c.Rewraps)
+	}
+	if c.Checkpoints < time.Second || c.Checkpoints > time.Hour {
+		report("--checkpoint-every: want 1s to 1h, got %v", c.Checkpoints)
 	}
 	if c.EnrolmentsPerUser < 1 || c.EnrolmentsPerUser > 1_000_000 {
 		report("--enrolments-per-user: want 1 to 1000000, got %d", c.EnrolmentsPerUser)

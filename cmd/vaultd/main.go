@@ -59,6 +59,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err := migrations.Check(ctx, url); err != nil {
 		return err
 	}
+	if err := migrations.CheckRights(ctx, url); err != nil {
+		return err
+	}
 	db, err := store.Open(ctx, store.Config{URL: url, MaxConns: c.Conns})
 	if err != nil {
 		return err
@@ -93,12 +96,18 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err := rotation.Start(ctx); err != nil {
 		return fmt.Errorf("comparing the token's keys with the database: %w", err)
 	}
+	sequencer, err := vault.NewSequencer(vault.SequencerConfig{
+		Store: db, Token: keys, VaultID: c.VaultID, Log: log, CheckpointEvery: c.Checkpoints,
+	})
+	if err != nil {
+		return err
+	}
 	identity, err := v.Identity(ctx, time.Now())
 	if err != nil {
 		return err
 	}
 	warn(log, keys)
-	return serve(ctx, &c, log, v, rotation, keys, db, identity)
+	return serve(ctx, &c, log, v, rotation, sequencer, keys, db, identity)
 }
 
 // warn says at every start what this deployment does not protect against.
@@ -109,7 +118,7 @@ func warn(log *slog.Logger, keys *pkcs11util.Keyset) {
 	log.Warn("no witness keeps a second record of the attempts: whoever can replay old rows of the database has unlimited guesses")
 }
 
-func serve(ctx context.Context, c *config, log *slog.Logger, v *vault.Vault, rotation *vault.Rotation, keys *pkcs11util.Keyset, db *store.Store, identity *vault.Identity) error {
+func serve(ctx context.Context, c *config, log *slog.Logger, v *vault.Vault, rotation *vault.Rotation, sequencer *vault.Sequencer, keys *pkcs11util.Keyset, db *store.Store, identity *vault.Identity) error {
 	public, err := httpapi.New(httpapi.Config{
 		Vault: v, VaultID: c.VaultID, Tenants: db, Log: log,
 		Limits: httpapi.Limits{
@@ -134,6 +143,7 @@ func serve(ctx context.Context, c *config, log *slog.Logger, v *vault.Vault, rot
 	admin := http.NewServeMux()
 	admin.Handle("/", health)
 	admin.Handle("/keys/", httpapi.NewKeyAdmin(log, rotation))
+	admin.Handle("/audit/", httpapi.NewAuditAdmin(sequencer))
 
 	publicListener, err := net.Listen("tcp", c.Listen)
 	if err != nil {
@@ -152,12 +162,13 @@ func serve(ctx context.Context, c *config, log *slog.Logger, v *vault.Vault, rot
 		go func() { failed <- servers[i].Serve(listener) }()
 	}
 	sweepCtx, stopSweeping := context.WithCancel(ctx)
-	// Rotation ends after the last request, to report its seals.
+	// Rotation ends after the last request, to report its seals, and the sequencer, to seal what it did.
 	rotationCtx, stopRotation := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopRotation()
 	var sweeper sync.WaitGroup
 	sweeper.Go(func() { sweep(sweepCtx, v, c.Sweep, log) })
 	sweeper.Go(func() { rotation.Run(rotationCtx) })
+	sweeper.Go(func() { sequencer.Run(rotationCtx) })
 	log.Info("serving", "vault_id", c.VaultID, "fingerprint", identity.Fingerprint.String(),
 		"listen", publicListener.Addr().String(), "admin_listen", adminListener.Addr().String())
 
