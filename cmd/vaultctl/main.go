@@ -12,7 +12,7 @@ import (
 	"os/signal"
 	"syscall"
 
-	"github.com/backup-key-vault/bkv/cmd/internal/settings"
+	"github.com/backup-key-vault/bkv/cmd/internal/commandline"
 )
 
 func main() {
@@ -57,8 +57,8 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	if len(args) == 0 {
 		args = []string{"--help"}
 	}
-	chosen, err := settings.Parse(&c, "vaultctl", description, args, stdout, stderr)
-	if errors.Is(err, settings.ErrHelp) {
+	chosen, err := commandline.Parse(&c, "vaultctl", description, args, stdout, stderr)
+	if errors.Is(err, commandline.ErrHelp) {
 		return nil
 	}
 	if err != nil {

@@ -35,7 +35,7 @@ type config struct {
 	EnrolmentsPerTenant int `default:"50" env:"BKV_ENROLMENTS_PER_TENANT" placeholder:"N" help:"Enrolment starts that a tenant may make in a second, at this instance; twice as many in a burst."`
 }
 
-// Validate reports everything that is wrong at once. settings.Parse asks it.
+// Validate reports everything that is wrong at once. commandline.Parse asks it.
 func (c *config) Validate() error {
 	var problems []error
 	report := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }

@@ -17,7 +17,7 @@ import (
 	"time"
 
 	"github.com/backup-key-vault/bkv/api"
-	"github.com/backup-key-vault/bkv/cmd/internal/settings"
+	"github.com/backup-key-vault/bkv/cmd/internal/commandline"
 	"github.com/backup-key-vault/bkv/migrations"
 	"github.com/backup-key-vault/bkv/pkcs11util"
 	"github.com/backup-key-vault/bkv/store"
@@ -39,8 +39,8 @@ func main() {
 // close the database, log out of the token.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	var c config
-	_, err := settings.Parse(&c, "vaultd", description, args, stdout, stderr)
-	if errors.Is(err, settings.ErrHelp) {
+	_, err := commandline.Parse(&c, "vaultd", description, args, stdout, stderr)
+	if errors.Is(err, commandline.ErrHelp) {
 		return nil
 	}
 	if err != nil {

@@ -11,7 +11,7 @@ import (
 	"testing"
 
 	"github.com/backup-key-vault/bkv/api"
-	"github.com/backup-key-vault/bkv/cmd/internal/settings"
+	"github.com/backup-key-vault/bkv/cmd/internal/commandline"
 )
 
 var update = flag.Bool("update", false, "write the README's table of settings anew")
@@ -19,7 +19,7 @@ var update = flag.Bool("update", false, "write the README's table of settings an
 // The README's table of settings is made from config, as the flags and the help are.
 func TestReadmeListsTheSettings(t *testing.T) {
 	const readme, begin, end = "../../README.md", "<!-- vaultd settings -->\n", "<!-- end of vaultd settings -->"
-	table, err := settings.Table(&config{})
+	table, err := commandline.Table(&config{})
 	if err != nil {
 		t.Fatal(err)
 	}

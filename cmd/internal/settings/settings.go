@@ -1,6 +1,5 @@
-// Package settings reads the settings of vaultd and vaultctl. The struct of a command
-// is the manual: its tags give the flags, the environment variables, the help
-// text, and the README's table, which a test compares.
+// Package settings is the settings that vaultd and vaultctl have in common. Package
+// commandline reads them.
 //
 // Secrets are never settings: the token's PIN and the database URL are read from files
 // that settings name, so that no process list shows them.
@@ -9,14 +8,8 @@ package settings
 import (
 	"errors"
 	"fmt"
-	"io"
 	"os"
-	"reflect"
-	"strconv"
 	"strings"
-	"time"
-
-	"github.com/alecthomas/kong"
 
 	"github.com/backup-key-vault/bkv/pkcs11util"
 )
@@ -89,105 +82,4 @@ func (d Database) Problems() (problems []error) {
 		problems = append(problems, errors.New("--database-url-file: name the file that holds the database's URL"))
 	}
 	return problems
-}
-
-// ErrHelp is Parse's answer when it has printed help and there is nothing to do.
-var ErrHelp = errors.New("help was asked for")
-
-// exited carries kong's wish to exit out of its parser.
-type exited int
-
-// Parse fills command, a pointer to a tagged struct, from arguments and environment.
-// A command that has a method Validate() error is asked by it whether the values make
-// sense; its complaints and all values that cannot be read come in one error. A
-// command line that cannot be understood is reported alone. ErrHelp: help was printed.
-func Parse(command any, name, description string, args []string, stdout, stderr io.Writer) (chosen *kong.Context, err error) {
-	var unread []error
-	parser, err := newParser(command, name, description, &unread, stdout, stderr)
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if r := recover(); r != nil {
-			code, ok := r.(exited)
-			if !ok {
-				panic(r)
-			}
-			if err = ErrHelp; code != 0 {
-				err = fmt.Errorf("command line: exit status %d", int(code))
-			}
-		}
-	}()
-	chosen, err = parser.Parse(args)
-	if joined := errors.Join(append(unread, err)...); joined != nil {
-		return nil, joined
-	}
-	return chosen, nil
-}
-
-func newParser(command any, name, description string, unread *[]error, stdout, stderr io.Writer) (*kong.Kong, error) {
-	return kong.New(command, kong.Name(name), kong.Description(description),
-		kong.Writers(stdout, stderr), kong.Exit(func(code int) { panic(exited(code)) }),
-		kong.ConfigureHelp(kong.HelpOptions{Compact: true, WrapUpperBound: 100}),
-		kong.ValueFormatter(explain),
-		kong.TypeMapper(reflect.TypeFor[time.Duration](), collect(unread, "a duration such as 90s, 15m or 24h", time.ParseDuration)),
-		kong.TypeMapper(reflect.TypeFor[int](), collect(unread, "a whole number", strconv.Atoi)),
-	)
-}
-
-// explain is a setting's help with its default and its environment variable.
-func explain(v *kong.Value) string {
-	text := v.Help
-	if v.HasDefault {
-		text += " Default: " + v.Default + "."
-	}
-	if len(v.Tag.Envs) > 0 {
-		text += " Environment: " + strings.Join(v.Tag.Envs, ", ") + "."
-	}
-	return text
-}
-
-// collect reads a value and puts what cannot be read aside, so that all of it is
-// reported together, where kong would stop at the first. The default then takes its
-// place, which nothing else will complain about.
-func collect[T any](unread *[]error, want string, parse func(string) (T, error)) kong.Mapper {
-	return kong.MapperFunc(func(ctx *kong.DecodeContext, target reflect.Value) error {
-		var text string
-		if err := ctx.Scan.PopValueInto("value", &text); err != nil {
-			return err
-		}
-		value, err := parse(text)
-		if err != nil {
-			*unread = append(*unread, fmt.Errorf("--%s: want %s, got %q", ctx.Value.Name, want, text))
-			if value, err = parse(ctx.Value.Default); err != nil {
-				return fmt.Errorf("--%s has no default: %w", ctx.Value.Name, err)
-			}
-		}
-		target.Set(reflect.ValueOf(value))
-		return nil
-	})
-}
-
-// Table is the settings of a command as a Markdown table.
-func Table(command any) (string, error) {
-	var unread []error
-	parser, err := newParser(command, "command", "", &unread, io.Discard, io.Discard)
-	if err != nil {
-		return "", err
-	}
-	var b strings.Builder
-	b.WriteString("| flag | environment | default | meaning |\n| --- | --- | --- | --- |\n")
-	for _, group := range parser.Model.AllFlags(true) {
-		for _, f := range group {
-			if f.Name == "help" {
-				continue
-			}
-			fallback := "none"
-			if f.HasDefault {
-				fallback = "`" + f.Default + "`"
-			}
-			fmt.Fprintf(&b, "| `--%s` | `%s` | %s | %s |\n", f.Name, strings.Join(f.Envs, "`, `"), fallback, f.Help)
-		}
-	}
-	return b.String(), nil
 }
