@@ -17,6 +17,7 @@ import (
 	"crypto/hkdf"
 	"crypto/sha256"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -29,7 +30,11 @@ const KeySize = 32
 // Labels of the derivations, one for each purpose: no key made for one can be
 // another's. They can never change, or old backups lose what was derived.
 const (
-	labelOwnerKey = "bkv/v1/owner-key"
+	labelOwnerKey       = "bkv/v1/owner-key"
+	labelAgeIdentity    = "bkv/v1/age-identity"
+	labelManifest       = "bkv/v1/manifest"
+	labelResticPassword = "bkv/v1/restic-password"
+	labelRclonePassword = "bkv/v1/rclone-password"
 )
 
 // Key is a backup key. It prints as "[redacted]" and refuses to be marshalled.
@@ -50,6 +55,26 @@ func NewKey(random io.Reader) (Key, error) {
 // even where the same K is kept in both.
 func (k Key) OwnerKey(vaultID, tenant, user string) ed25519.PrivateKey {
 	return ed25519.NewKeyFromSeed(k.derive(ed25519.SeedSize, labelOwnerKey, vaultID, tenant, user))
+}
+
+// AgeSeed derives the secret from which archives' age identity is made: the 32-byte
+// seed of MLKEM768-X25519 (X-Wing, draft-connolly-cfrg-xwing-kem §5.2). It opens every
+// archive, and says nothing of K.
+func (k Key) AgeSeed() [32]byte { return [32]byte(k.derive(32, labelAgeIdentity)) }
+
+// ManifestKey derives the HMAC-SHA-256 key that authenticates the list of archives at a
+// destination. It opens none of them.
+func (k Key) ManifestKey() [32]byte { return [32]byte(k.derive(32, labelManifest)) }
+
+// ResticPassword derives a password for a restic repository: 32 bytes as 64 hexadecimal
+// digits, which say nothing of K.
+func (k Key) ResticPassword() string {
+	return hex.EncodeToString(k.derive(32, labelResticPassword))
+}
+
+// RclonePassword is ResticPassword for rclone, and another one.
+func (k Key) RclonePassword() string {
+	return hex.EncodeToString(k.derive(32, labelRclonePassword))
 }
 
 // derive is HKDF-SHA-256 with an info of label and fields, each with its length
