@@ -32,8 +32,8 @@ func testMain(m *testing.M) int {
 		args = append(args, "-race")
 	}
 	const module = "github.com/backup-key-vault/bkv"
-	if out, err := exec.Command("go", append(args, module+"/cmd/vaultd", module+"/cmd/vaultctl")...).CombinedOutput(); err != nil {
-		fmt.Fprintf(os.Stderr, "building vaultd and vaultctl: %v\n%s", err, out)
+	if out, err := exec.Command("go", append(args, module+"/cmd/vaultd", module+"/cmd/vaultctl", module+"/cmd/bkv")...).CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "building the programs: %v\n%s", err, out)
 		return 1
 	}
 	return m.Run()

@@ -1,0 +1,91 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/backup-key-vault/bkv/backup"
+	"github.com/backup-key-vault/bkv/client"
+)
+
+type passwordCommand struct {
+	vaultFlags
+	passwordFlags
+	NewPasswordFile string `placeholder:"FILE" help:"File with the new password, for use without a terminal."`
+	NewKey          bool   `help:"Take a new key too: for when somebody may have read the old one. What is backed up already stays readable to him; back up again at once."`
+	Reinstate       bool   `help:"Bring back this device's key, which somebody replaced or turned off without it. The password stays as it was."`
+	KeyStore        string `enum:"auto,keyring,file" default:"auto" help:"On a device without the key: where to keep it then, as in setup."`
+}
+
+func (c *passwordCommand) Run(e *environment) error {
+	vault, err := e.connect(c.vaultFlags)
+	if err != nil {
+		return err
+	}
+	keys, err := e.device.keys()
+	if c.Reinstate && err == nil {
+		if err := vault.Reinstate(e.ctx, keys[0]); err != nil {
+			return err
+		}
+		e.say("Your key is back, under the password that it had.")
+		return nil
+	}
+	if errors.Is(err, errNotSetUp) && !c.Reinstate {
+		e.say("This device does not have the key, so the old password is needed.")
+		recovered, err := e.recoverKey(vault, c.passwordFlags)
+		if err != nil {
+			return err
+		}
+		if err := e.remember(c.KeyStore, modePassword, recovered.Generation.String(), recovered.Key); err != nil {
+			return err
+		}
+		keys, err = e.device.keys()
+		if err != nil {
+			return err
+		}
+	} else if err != nil {
+		return err
+	}
+	password, err := e.newPassword(c.NewPasswordFile)
+	if err != nil {
+		return err
+	}
+	enrolled, err := e.finishEnrolment(c.change(e, vault, keys[0], password))
+	if err != nil {
+		return err
+	}
+	if enrolled.Key != keys[0] {
+		// The old ones still open what they encrypted.
+		keys = append([]backup.Key{enrolled.Key}, keys...)
+		if err := e.storeKeys(c.KeyStore, keys...); err != nil {
+			return fmt.Errorf("the vault has a new key under the new password, but this device could not keep it: %w; take it up with 'bkv setup --recover'", err)
+		}
+	}
+	e.device.Mode, e.device.Generation, e.device.Serial = modePassword, enrolled.Generation.String(), vault.Serial()
+	if err := e.device.save(); err != nil {
+		return err
+	}
+	e.say("The password is changed; the old one recovers nothing any more.")
+	if c.NewKey {
+		e.warn("There is a new key. Run 'bkv backup' now: the new password does not open what was backed up before.")
+	}
+	return nil
+}
+
+// change puts a key under the new password: proven by the old one where the vault has that, else anew.
+func (c *passwordCommand) change(e *environment, vault *client.Client, key backup.Key, password string) (client.Enrolled, error) {
+	var enrolled client.Enrolled
+	var err error
+	if c.NewKey {
+		enrolled, err = vault.ChangePasswordAndKey(e.ctx, key, password)
+	} else {
+		enrolled, err = vault.ChangePassword(e.ctx, key, password)
+	}
+	if errors.Is(err, client.ErrNotEnrolled) || errors.Is(err, client.ErrKeyDestroyed) {
+		if c.NewKey {
+			return vault.Enrol(e.ctx, password)
+		}
+		return vault.EnrolKey(e.ctx, password, key)
+	}
+	return enrolled, err
+}

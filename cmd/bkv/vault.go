@@ -1,0 +1,260 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
+
+	"github.com/backup-key-vault/bkv/client"
+	"github.com/backup-key-vault/bkv/client/httpclient"
+	"github.com/backup-key-vault/bkv/transcript"
+)
+
+// vaultFlags say where the vault is. What is not given is as setup saved it.
+type vaultFlags struct {
+	Vault        string `env:"BKV_VAULT_URL" placeholder:"URL" help:"The vault's address. https, unless it is on this host."`
+	Fingerprint  string `env:"BKV_VAULT_FINGERPRINT" placeholder:"FINGERPRINT" help:"What the vault is known by, as its operator publishes it. Never take it from the connection."`
+	Tenant       string `env:"BKV_TENANT" placeholder:"NAME" help:"The app or service whose user you are."`
+	User         string `env:"BKV_USER" placeholder:"NAME" help:"Who you are there."`
+	TokenFile    string `env:"BKV_TOKEN_FILE" placeholder:"FILE" help:"File with the token (a JWT) that tells the vault who you are. It is read again when the vault refuses it."`
+	TokenCommand string `env:"BKV_TOKEN_COMMAND" placeholder:"COMMAND" help:"Command for the shell that prints the token. It is run again when the vault refuses it."`
+}
+
+// over are the settings with what was given on the command line in their place.
+func (f vaultFlags) over(s vaultSettings) vaultSettings {
+	s.URL = cmp.Or(f.Vault, s.URL)
+	s.Fingerprint = cmp.Or(f.Fingerprint, s.Fingerprint)
+	s.Tenant = cmp.Or(f.Tenant, s.Tenant)
+	s.User = cmp.Or(f.User, s.User)
+	if f.TokenFile != "" || f.TokenCommand != "" {
+		s.TokenFile, s.TokenCommand = f.TokenFile, f.TokenCommand
+	}
+	return s
+}
+
+// connect makes a client of the saved settings and the flags, and keeps the settings in the device,
+// to be saved when something came of them. It sends nothing.
+func (e *environment) connect(f vaultFlags) (*client.Client, error) {
+	s := f.over(e.device.Vault)
+	var missing []string
+	for _, must := range []struct{ flag, value string }{
+		{"--vault", s.URL}, {"--fingerprint", s.Fingerprint}, {"--tenant", s.Tenant}, {"--user", s.User},
+		{"--token-file or --token-command", s.TokenFile + s.TokenCommand},
+	} {
+		if must.value == "" {
+			missing = append(missing, must.flag)
+		}
+	}
+	switch {
+	case len(missing) > 0:
+		return nil, fmt.Errorf("to reach the vault, give %s", strings.Join(missing, ", "))
+	case s.TokenFile != "" && s.TokenCommand != "":
+		return nil, errors.New("give --token-file or --token-command, not both")
+	}
+	pin, err := transcript.ParseFingerprint(s.Fingerprint)
+	if err != nil {
+		return nil, fmt.Errorf("--fingerprint: %w", err)
+	}
+	transport, err := httpclient.New(httpclient.Config{BaseURL: s.URL})
+	if err != nil {
+		return nil, fmt.Errorf("--vault: %w", err)
+	}
+	e.device.Vault = s
+	return client.New(client.Config{
+		Transport: transport, Fingerprint: pin, Tenant: s.Tenant, User: s.User,
+		Token: s.token, LastSerial: e.device.Serial,
+	})
+}
+
+// maxTokenBytes bounds a token; vaults take some kilobytes.
+const maxTokenBytes = 16 << 10
+
+// token gets a token, anew each time.
+func (s vaultSettings) token(ctx context.Context) (string, error) {
+	var raw []byte
+	var err error
+	if s.TokenFile != "" {
+		if raw, err = os.ReadFile(s.TokenFile); err != nil {
+			return "", err
+		}
+	} else {
+		command := exec.CommandContext(ctx, "/bin/sh", "-c", s.TokenCommand)
+		var complaint bytes.Buffer
+		command.Stderr = &complaint
+		if raw, err = command.Output(); err != nil {
+			return "", fmt.Errorf("--token-command: %w: %s", err, bytes.TrimSpace(complaint.Bytes()))
+		}
+	}
+	token := strings.TrimSpace(string(raw))
+	if token == "" || len(token) > maxTokenBytes || strings.ContainsAny(token, " \t\r\n") {
+		return "", errors.New("what should be a token is none: want one line, as the app's back end gives it out")
+	}
+	return token, nil
+}
+
+// passwordFlags are for whoever has no terminal.
+type passwordFlags struct {
+	PasswordFile string `env:"BKV_PASSWORD_FILE" placeholder:"FILE" help:"File with the password, for use without a terminal; a line break at its end is ignored. /dev/fd/3 reads it from file descriptor 3."`
+	LastAttempt  bool   `help:"Without a terminal: try the password even if it is the last attempt, after which a wrong one destroys the key."`
+}
+
+// readPassword reads a password from a file.
+func readPassword(file string) (string, error) {
+	raw, err := os.ReadFile(file)
+	if err != nil {
+		return "", fmt.Errorf("reading the password: %w", err)
+	}
+	password := strings.TrimSuffix(strings.TrimSuffix(string(raw), "\n"), "\r")
+	if password == "" {
+		return "", fmt.Errorf("reading the password: %s is empty", file)
+	}
+	return password, nil
+}
+
+// recoverKey gets the key from the vault by the password. At a terminal it asks until it is
+// right, and says before each attempt how many are left.
+func (e *environment) recoverKey(c *client.Client, f passwordFlags) (client.Recovered, error) {
+	mine := 0
+	for {
+		last, err := e.beforeAttempt(c, f)
+		if err != nil {
+			return client.Recovered{}, err
+		}
+		password, err := e.oldPassword(f, last)
+		if err != nil {
+			return client.Recovered{}, err
+		}
+		recovered, err := e.finish(c.Recover(e.ctx, password))
+		var wrong *client.WrongPasswordError
+		if errors.As(err, &wrong) && f.PasswordFile == "" && wrong.AttemptsLeft > 0 {
+			mine++
+			e.warn("That password is wrong.")
+			continue
+		}
+		if err != nil {
+			return client.Recovered{}, err
+		}
+		e.device.Serial = c.Serial()
+		if others := int(recovered.FailuresSince) - mine; others > 0 {
+			e.warn("NOTE: since the password was last right, it was tried wrongly %s that you did not make just now.\n"+
+				"If it was not you, somebody is guessing: change the password with 'bkv password'.", count(others, "time", "times"))
+		}
+		return recovered, nil
+	}
+}
+
+// beforeAttempt says how many attempts are left and when the next one is possible, before it
+// is made. Last says that a wrong one destroys the key.
+func (e *environment) beforeAttempt(c *client.Client, f passwordFlags) (last bool, err error) {
+	s, err := c.Status(e.ctx)
+	if err != nil {
+		return false, err
+	}
+	if s.NextAttemptAt != nil {
+		if wait := time.Until(*s.NextAttemptAt); wait > 0 {
+			return false, fmt.Errorf("%s left, and the next one is possible in %v, from %s: nothing was tried",
+				count(s.AttemptsLeft, "attempt", "attempts"), wait.Round(time.Second), shownTime(*s.NextAttemptAt))
+		}
+	}
+	last = s.AttemptsLeft == 1
+	if f.PasswordFile != "" {
+		if last && !f.LastAttempt {
+			return false, errors.New("this is the last attempt, and a wrong password destroys the key for good: to try all the same, give --last-attempt")
+		}
+		return last, nil
+	}
+	if s.AttemptsLeft > 0 {
+		e.warn("%s left of %d. A wrong password costs one.", count(s.AttemptsLeft, "attempt", "attempts"), s.MaxAttempts)
+	}
+	if last {
+		e.warn("THIS IS THE LAST ATTEMPT. If the password is wrong, the key is destroyed, and\n" +
+			"nobody can ever read the backup again, unless you have the 64 digits.")
+		if err := e.term.confirm(e.ctx, "Are you sure that you know the password?", "last attempt"); err != nil {
+			return false, err
+		}
+	}
+	return last, nil
+}
+
+// oldPassword asks for a password that exists: twice before the last attempt.
+func (e *environment) oldPassword(f passwordFlags, twice bool) (string, error) {
+	if f.PasswordFile != "" {
+		return readPassword(f.PasswordFile)
+	}
+	for {
+		password, err := e.term.ask(e.ctx, "Password: ", true)
+		if errors.Is(err, errNobody) {
+			err = fmt.Errorf("%w for the password: give --password-file", err)
+		}
+		if err != nil || !twice {
+			return password, err
+		}
+		again, err := e.term.ask(e.ctx, "The same once more: ", true)
+		if err != nil {
+			return "", err
+		}
+		if again == password {
+			return password, nil
+		}
+		e.warn("They differ. Nothing was tried.")
+	}
+}
+
+// How long an attempt that has begun is held on to when the vault does not answer: its own limit
+// is five minutes.
+const (
+	holdOn     = 4 * time.Minute
+	holdOnStep = 5 * time.Second
+)
+
+// finish goes on with a recovery whose end is not known. That costs no further attempt, where
+// starting anew would.
+func (e *environment) finish(recovered client.Recovered, err error) (client.Recovered, error) {
+	var pending *client.PendingRecovery
+	for until := time.Now().Add(holdOn); errors.As(err, &pending) && time.Now().Before(until); {
+		e.warn("The vault does not answer; trying again, at no further attempt (Ctrl-C to stop)…")
+		if err := e.sleep(holdOnStep); err != nil {
+			return client.Recovered{}, err
+		}
+		recovered, err = pending.Resume(e.ctx)
+	}
+	return recovered, err
+}
+
+// finishEnrolment is finish for an enrolment or a change.
+func (e *environment) finishEnrolment(enrolled client.Enrolled, err error) (client.Enrolled, error) {
+	var pending *client.PendingEnrolment
+	for until := time.Now().Add(holdOn); errors.As(err, &pending) && time.Now().Before(until); {
+		e.warn("The vault does not answer; trying again (Ctrl-C to stop)…")
+		if err := e.sleep(holdOnStep); err != nil {
+			return client.Enrolled{}, err
+		}
+		enrolled, err = pending.Resume(e.ctx)
+	}
+	return enrolled, err
+}
+
+func (e *environment) sleep(d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-e.ctx.Done():
+		return e.ctx.Err()
+	}
+}
+
+func count(n int, one, many string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %s", n, many)
+}
+
+// shownTime is a time in the user's zone.
+func shownTime(t time.Time) string { return t.Local().Format("2006-01-02 15:04:05 -07:00") }

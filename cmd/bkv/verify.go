@@ -1,0 +1,63 @@
+package main
+
+import (
+	"errors"
+
+	"github.com/backup-key-vault/bkv/client"
+)
+
+type verifyCommand struct {
+	vaultFlags
+	passwordFlags
+}
+
+func (c *verifyCommand) Run(e *environment) error {
+	if e.device.Mode == modeDigits {
+		return e.practiseDigits()
+	}
+	vault, err := e.connect(c.vaultFlags)
+	if err != nil {
+		return err
+	}
+	e.say("This recovers the key from the vault, as a new device would. It is a real attempt:\n" +
+		"a wrong password costs one, and the right one gives all of them back.")
+	recovered, err := e.recoverKey(vault, c.passwordFlags)
+	if errors.Is(err, client.ErrKeyDestroyed) {
+		return errors.Join(err, errors.New("this device still has the key: set a new password with 'bkv password'"))
+	}
+	if err != nil {
+		return err
+	}
+	key, err := e.device.key()
+	switch {
+	case errors.Is(err, errNotSetUp):
+		e.say("The password is right.")
+		return nil
+	case err != nil:
+		return err
+	case key != recovered.Key:
+		return errors.New("the password is right, but the vault keeps another key than this device: it was set up anew elsewhere; what this device backs up cannot be restored with the password. Set it with 'bkv password', or take the other key up with 'bkv off --this-device' and 'bkv setup --recover'")
+	}
+	if err := e.device.save(); err != nil { // of the vault's serial
+		return err
+	}
+	e.say("The password is right, and it recovers this device's key.")
+	return nil
+}
+
+// practiseDigits compares what was written down with the device's key. It costs nothing.
+func (e *environment) practiseDigits() error {
+	key, err := e.device.key()
+	if err != nil {
+		return err
+	}
+	typed, err := e.readDigits("")
+	if err != nil {
+		return err
+	}
+	if typed != key {
+		return errors.New("these are 64 digits, but not this backup's: show them with 'bkv key', and write them down")
+	}
+	e.say("The 64 digits are right.")
+	return nil
+}
