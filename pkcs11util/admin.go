@@ -253,7 +253,7 @@ func (a *Admin) Adopt(temporaryLabel string, name KeyName) error {
 // adopt proves the key under a temporary label and names it. The caller holds
 // module.Objects and has seen that the name is free; the session may write.
 func (s session) adopt(temporaryLabel string, name KeyName) (*key, knownAnswer, error) {
-	kind := kinds[name.Purpose]
+	kind, _ := s.profile.kind(name.Purpose)
 	label := pkcs11.NewAttribute(pkcs11.CKA_LABEL, temporaryLabel)
 	found, err := s.find(pkcs11.NewAttribute(pkcs11.CKA_CLASS, kind.class), label)
 	if err != nil {

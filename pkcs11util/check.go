@@ -95,11 +95,21 @@ const scratchPrefix = temporaryPrefix + "check/"
 // scratchPurposes are those of the check's keys: one of each kind.
 var scratchPurposes = []string{Master, OPRF, MAC, Identity}
 
+// CheckConfig says how a token is checked.
+type CheckConfig struct {
+	// LowerAssurance declares that a profile with a Weakness will do. It is proposed only where
+	// no better one works.
+	LowerAssurance bool
+	// Progress hears what is being done. Default: nobody.
+	Progress func(what string)
+}
+
 // checker is one run of a check. Its steps are in check_steps.go.
 type checker struct {
 	module   *module.Module
 	slot     uint
 	profile  Profile // the one that fits, as far as is known
+	lower    bool    // one with a weakness will do
 	progress func(what string)
 	report   *CheckReport
 	keys     map[string]*scratch
@@ -115,12 +125,15 @@ type scratch struct {
 // Check runs every operation that the vault needs on keys of its own, compares with Go's
 // cryptography, tries to extract what must not be extractable, and looks for faults that
 // no code tells of. It finds the profile that fits; if Admin was opened with one, another is a failed
-// line. progress hears what is being done.
+// line. One with a weakness is looked for only if it is declared, there or in cfg.
 //
 // The check's keys are destroyed at the end, and those of a run that was cut short at the next
 // run's beginning; no other object is touched. It writes to the token, so that it is not for beside a
 // running service. The error says why there is no report; what the token does wrong is in the report.
-func (a *Admin) Check(ctx context.Context, progress func(what string)) (CheckReport, error) {
+func (a *Admin) Check(ctx context.Context, cfg CheckConfig) (CheckReport, error) {
+	if cfg.Progress == nil {
+		cfg.Progress = func(string) {}
+	}
 	release, err := a.enter()
 	if err != nil {
 		return CheckReport{}, err
@@ -135,7 +148,8 @@ func (a *Admin) Check(ctx context.Context, progress func(what string)) (CheckRep
 	}
 	report := CheckReport{}
 	c := &checker{
-		module: a.module, slot: slot, profile: a.session.profile, progress: progress,
+		module: a.module, slot: slot, profile: a.session.profile, progress: cfg.Progress,
+		lower:  cfg.LowerAssurance || a.session.profile.Weakness() != "",
 		report: &report, keys: map[string]*scratch{},
 	}
 	c.step(lineToken, c.token)
@@ -171,7 +185,7 @@ func (c *checker) steps() []step {
 		step{lineNoIV, c.after(lineGCM, c.with(Master, c.noIV))},
 		step{lineTag, c.after(lineGCM, c.with(Master, c.wrongTag))},
 		step{lineAssociated, c.after(lineGCM, c.with(Master, c.wrongAssociated))},
-		step{lineECDH, c.with(OPRF, c.ecdh)},
+		step{lineECDH, c.ecdh},
 		step{linePoints, c.after(lineECDH, c.with(OPRF, c.points))},
 		step{lineBadPoint, c.after(lineECDH, c.with(OPRF, c.badPoint))},
 		step{lineHMAC, c.with(MAC, c.hmac)},
@@ -278,7 +292,8 @@ func (c *checker) judge(given bool, had Profile) {
 	r.Profile = c.profile
 	differs := c.profile != had
 	found := !slices.ContainsFunc(r.Lines, func(l CheckLine) bool {
-		return l.Result != CheckOK && (l.What == lineGCM || l.What == lineECDH || l.What == lineDataLimit)
+		weak := l.What == lineECDH && l.Result == CheckWarn && c.profile.ECDH == ECDHInMemory
+		return l.Result != CheckOK && !weak && (l.What == lineGCM || l.What == lineECDH || l.What == lineDataLimit)
 	})
 	switch {
 	case !found:
@@ -317,6 +332,9 @@ func (c *checker) judge(given bool, had Profile) {
 		if warnings == 1 {
 			r.Verdict = strings.Replace(r.Verdict, "the 1 warnings", "the warning", 1)
 		}
+	}
+	if weakness := c.profile.Weakness(); r.Usable && weakness != "" {
+		r.Verdict += "; " + weakness
 	}
 }
 
@@ -421,7 +439,19 @@ func (c *checker) destroy(s session) CheckLine {
 }
 
 // makeKey generates a key as the vault's are generated, and looks whether it became what was asked for.
+// Those that multiply are pairs here whatever the profile says, to see whether the token can do better than it.
 func (c *checker) makeKey(s session, purpose string) CheckLine {
+	profile := c.profile
+	profile.ECDH = ECDHDerive
+	line := c.generate(s.under(profile), purpose)
+	if line.Result == CheckFail && multiplies(purpose) && c.lower {
+		return warned("see the line "+lineECDH, "%s", line.Why)
+	}
+	return line
+}
+
+// generate makes the check's key of a purpose, in the place of an earlier one.
+func (c *checker) generate(s session, purpose string) CheckLine {
 	const do = "see what the token's settings or its licence lack for this kind of key"
 	var random [8]byte
 	_, _ = rand.Read(random[:]) // crypto/rand never fails: it ends the process first
@@ -430,17 +460,14 @@ func (c *checker) makeKey(s session, purpose string) CheckLine {
 		return append(template, pkcs11.NewAttribute(pkcs11.CKA_LABEL, sc.label))
 	}
 	sc.key = &key{name: KeyName{Purpose: purpose}} // generation 0: no key that is in use
-	kind := kinds[purpose]
-	secret, private, public, err := Templates(purpose)
+	kind, _ := s.profile.kind(purpose)
+	secret, private, public, err := s.profile.Templates(purpose)
 	if err != nil {
 		return failed(do, err)
 	}
 	if kind.class == pkcs11.CKO_SECRET_KEY {
-		generate := uint(pkcs11.CKM_AES_KEY_GEN)
-		if kind.keyType == pkcs11.CKK_GENERIC_SECRET {
-			generate = pkcs11.CKM_GENERIC_SECRET_KEY_GEN
-		}
-		if sc.key.handle, err = s.p.GenerateKey(s.handle, mechanism(generate, nil), labelled(secret)); err != nil {
+		m := mechanism(s.profile.SecretKeyGen(purpose), nil)
+		if sc.key.handle, err = s.p.GenerateKey(s.handle, m, labelled(secret)); err != nil {
 			return failed(do, fmt.Errorf("C_GenerateKey: %w", err))
 		}
 	} else {

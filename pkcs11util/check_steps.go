@@ -261,26 +261,78 @@ func (c *checker) wrongAssociated(s session, k *key) CheckLine {
 	return okay("refused")
 }
 
-// ecdh finds out how an x-coordinate comes out.
-func (c *checker) ecdh(_ session, k *key) CheckLine {
-	var all []Profile
-	for _, strategy := range []string{c.profile.ECDH, ECDHDerive, ECDHDeriveWrap} {
-		for _, length := range []string{c.profile.DeriveValueLen, ValueLenGiven, ValueLenLeftOut} {
-			for _, point := range []string{c.profile.PeerPoint, PointRaw, PointDER} {
-				all = append(all, candidates(c.profile, func(p *Profile) {
-					p.ECDH, p.DeriveValueLen, p.PeerPoint = strategy, length, point
-				})[1])
+// ecdh finds out how an x-coordinate comes out, and if it does not, whether the vault can do without.
+func (c *checker) ecdh(s session) CheckLine {
+	had, pair := c.profile, c.keys[OPRF]
+	err := errors.New("there is no key pair to try it on")
+	if pair != nil {
+		err = c.try(derivations(had), func(s session) error { return s.proveDerive(pair.key) })
+	}
+	switch {
+	case err == nil && had.ECDH == ECDHInMemory:
+		better := c.profile.ECDH
+		c.profile = had // keys have been made under it, or will be
+		if err := c.scalars(s); err != nil {
+			return failed(brokenToken, err)
+		}
+		return warned("for a new vault, use the profile that the check proposes without --token-profile; keys that were made under this one stay under it",
+			"%s, as the profile says, though the token can do better: %s", c.profile.ECDH, better)
+	case err == nil:
+		return okay("as Go computes it; strategy %s", c.profile.ECDH)
+	case errors.Is(err, errFaulty):
+		return failed(brokenToken, err)
+	case c.lower:
+		if err := c.scalars(s); err != nil {
+			return failed("use another token: this one cannot even give a scalar by "+lineHMAC, err)
+		}
+		return warned("use a token that derives, if you can", "%s, as is declared, because nothing better works: %v", c.profile.ECDH, err)
+	case pair == nil:
+		return warned("", "not tried: there is no %s key to try it on", OPRF)
+	}
+	return failed("use a token, or settings of it, with CKM_ECDH1_DERIVE on P-256 without a key derivation function (CKD_NULL), "+
+		"into a secret that can be read, or wrapped out by CKM_AES_KEY_WRAP; or declare by --accept-lower-assurance that this process may multiply in its memory", err)
+}
+
+// derivations are the profiles under which the token derives, this one first if it is one.
+func derivations(first Profile) (all []Profile) {
+	for _, strategy := range []string{first.ECDH, ECDHDerive, ECDHDeriveWrap} {
+		if strategy == ECDHInMemory {
+			continue
+		}
+		for _, length := range []string{first.DeriveValueLen, ValueLenGiven, ValueLenLeftOut} {
+			for _, point := range []string{first.PeerPoint, PointRaw, PointDER} {
+				p := first
+				p.ECDH, p.DeriveValueLen, p.PeerPoint = strategy, length, point
+				all = append(all, p)
 			}
 		}
 	}
-	if err := c.try(all, func(s session) error { return s.proveDerive(k) }); err != nil {
-		if errors.Is(err, errFaulty) {
-			return failed(brokenToken, err)
+	return all
+}
+
+// scalars tries ECDHInMemory on a key of its kind and adopts it; the key takes the place of the pair in what follows.
+func (c *checker) scalars(s session) (err error) {
+	pair := c.keys[OPRF]
+	defer func() {
+		if err != nil {
+			c.keys[OPRF] = pair
 		}
-		return failed("use a token, or settings of it, with CKM_ECDH1_DERIVE on P-256 without a key derivation function (CKD_NULL), "+
-			"into a secret that can be read, or wrapped out by CKM_AES_KEY_WRAP", err)
+	}()
+	p := c.profile
+	p.ECDH = ECDHInMemory
+	s = s.under(p)
+	if line := c.generate(s, OPRF); line.Result == CheckFail {
+		return errors.New(line.Why)
 	}
-	return okay("as Go computes it; strategy %s", c.profile.ECDH)
+	k := c.keys[OPRF].key
+	if err := s.withScalar(k, func([]byte) error { return nil }); err != nil {
+		return err
+	}
+	if err := s.proveDerive(k); err != nil {
+		return err
+	}
+	c.profile = p
+	return nil
 }
 
 // points multiplies points whose products are known from the public half. Both y-coordinates come up, at

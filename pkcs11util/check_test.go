@@ -21,7 +21,7 @@ func check(t *testing.T, cfg pkcs11util.Config) pkcs11util.CheckReport {
 		t.Fatal(err)
 	}
 	defer admin.Close()
-	report, err := admin.Check(context.Background(), func(string) {})
+	report, err := admin.Check(context.Background(), pkcs11util.CheckConfig{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -126,11 +126,11 @@ func TestCheckInterrupted(t *testing.T) {
 		}
 		ctx, cancel := context.WithCancel(context.Background())
 		steps := 0
-		_, err = admin.Check(ctx, func(string) {
+		_, err = admin.Check(ctx, pkcs11util.CheckConfig{Progress: func(string) {
 			if steps++; steps > stop {
 				cancel()
 			}
-		})
+		}})
 		admin.Close()
 		if !errors.Is(err, context.Canceled) {
 			t.Fatalf("after %d steps: %v", stop, err)

@@ -6,6 +6,9 @@ import (
 	"github.com/miekg/pkcs11"
 )
 
+// Profile is the token's, as Config said.
+func (a *Admin) Profile() Profile { return a.session.profile }
+
 // Do runs f with the operator's session, in which the user is logged in, with nobody else in this process at the token's
 // objects. It is for what a ceremony does once and a service never: wrapping and
 // unwrapping keys. f leaves the session open and logged in, and calls no method of a.
@@ -39,8 +42,9 @@ func (a *Admin) Prove(temporaryLabel string, name KeyName) error {
 	defer release()
 	a.module.Objects.Lock()
 	defer a.module.Objects.Unlock()
-	label, class := pkcs11.NewAttribute(pkcs11.CKA_LABEL, temporaryLabel), kinds[name.Purpose].class
-	found, err := a.session.find(pkcs11.NewAttribute(pkcs11.CKA_CLASS, class), label)
+	label := pkcs11.NewAttribute(pkcs11.CKA_LABEL, temporaryLabel)
+	kind, _ := a.session.profile.kind(name.Purpose)
+	found, err := a.session.find(pkcs11.NewAttribute(pkcs11.CKA_CLASS, kind.class), label)
 	if err != nil {
 		return err
 	}
@@ -51,7 +55,7 @@ func (a *Admin) Prove(temporaryLabel string, name KeyName) error {
 	if len(found) != 1 {
 		return fmt.Errorf("key %s: %d keys are labelled %s", name, len(found), temporaryLabel)
 	}
-	k, err := a.session.inspect(name, class, found[0], publics)
+	k, err := a.session.inspect(name, kind.class, found[0], publics)
 	if err != nil {
 		return fmt.Errorf("key %s: %w", name, err)
 	}

@@ -94,6 +94,18 @@ func protection() []*pkcs11.Attribute {
 	}
 }
 
+// scalarSecret is how keys that multiply look where scalars are computed from secrets (see inmemory.go).
+var scalarSecret = kind{pkcs11.CKO_SECRET_KEY, pkcs11.CKK_GENERIC_SECRET, []uint{pkcs11.CKA_SIGN}}
+
+// kind is how keys of a purpose look under the profile.
+func (p Profile) kind(purpose string) (k kind, ok bool) {
+	if p.inMemory(purpose) {
+		return scalarSecret, true
+	}
+	k, ok = kinds[purpose]
+	return k, ok
+}
+
 // flags are the protection of a key of this kind and its usage flags, set and unset.
 func (k kind) flags() []*pkcs11.Attribute {
 	flags := protection()
@@ -112,11 +124,20 @@ func (k kind) shape() []*pkcs11.Attribute {
 	return append(shape, pkcs11.NewAttribute(pkcs11.CKA_EC_PARAMS, p256Params))
 }
 
+// SecretKeyGen is the mechanism that generates secret keys of a purpose: CKM_AES_KEY_GEN, or
+// CKM_GENERIC_SECRET_KEY_GEN for those that make HMACs.
+func (p Profile) SecretKeyGen(purpose string) uint {
+	if k, _ := p.kind(purpose); k.keyType == pkcs11.CKK_GENERIC_SECRET {
+		return pkcs11.CKM_GENERIC_SECRET_KEY_GEN
+	}
+	return pkcs11.CKM_AES_KEY_GEN
+}
+
 // Templates returns the attributes to generate a key of this purpose with: for a
 // secret key only secret is set, for a key pair private and public. Label,
 // CKA_ID and (for the private half) the curve are the caller's.
-func Templates(purpose string) (secret, private, public []*pkcs11.Attribute, err error) {
-	k, ok := kinds[purpose]
+func (p Profile) Templates(purpose string) (secret, private, public []*pkcs11.Attribute, err error) {
+	k, ok := p.kind(purpose)
 	if !ok {
 		return nil, nil, nil, fmt.Errorf("%q is no purpose of a key", purpose)
 	}
@@ -181,7 +202,7 @@ func parseLabel(label string) (name KeyName, ours bool, err error) {
 type key struct {
 	name   KeyName
 	handle pkcs11.ObjectHandle
-	public publicKey // of EC keys
+	public publicKey // of EC keys, and of those that scalars are computed from
 }
 
 // publicKey is an EC key's public half, decoded once.
@@ -265,14 +286,20 @@ var errDuplicate = errors.New("the token holds it twice")
 
 // inspect reads a key's attributes back and refuses it unless they are exactly its purpose's.
 func (s session) inspect(name KeyName, class uint, h pkcs11.ObjectHandle, publics []pkcs11.ObjectHandle) (*key, error) {
-	kind := kinds[name.Purpose]
+	kind, _ := s.profile.kind(name.Purpose)
 	if class != kind.class {
+		if multiplies(name.Purpose) {
+			return nil, fmt.Errorf("it is of the wrong class for a token profile with ecdh %q, and was made under another", s.profile.ECDH)
+		}
 		return nil, errors.New("it is of the wrong class")
 	}
 	if err := s.require(h, append(kind.flags(), kind.shape()...)); err != nil {
 		return nil, err
 	}
 	k := &key{name: name, handle: h}
+	if s.profile.inMemory(name.Purpose) {
+		return k, s.withScalar(k, func([]byte) error { return nil }) // for its public half
+	}
 	if class != pkcs11.CKO_PRIVATE_KEY {
 		return k, nil
 	}

@@ -336,6 +336,13 @@ func (k *Keyset) Multiply(ctx context.Context, purpose string, generation uint32
 		if err != nil {
 			return err
 		}
+		if s.profile.ECDH == ECDHInMemory {
+			whole, err := s.product(key, p)
+			if err == nil {
+				product = [pointBytes]byte(whole.BytesCompressed())
+			}
+			return err
+		}
 		x1, err := s.x(key, p)
 		if err != nil {
 			return err
@@ -399,8 +406,11 @@ func (k *Keyset) Sign(ctx context.Context, purpose string, generation uint32, di
 	return signature, err
 }
 
-// Strategy says how the token multiplies, ECDHDerive or ECDHDeriveWrap, for records to keep.
+// Strategy says how the token multiplies, ECDHDerive, ECDHDeriveWrap or ECDHInMemory, for records to keep.
 func (k *Keyset) Strategy() string { return k.config.Profile.ECDH }
+
+// Weakness is the profile's: what is lost under it that others keep, or nothing.
+func (k *Keyset) Weakness() string { return k.config.Profile.Weakness() }
 
 // Newest is the generation of a purpose that new work uses, from memory: what SetCurrent said
 // last, before that the highest that was found. It is 0 for what is no purpose.

@@ -454,7 +454,7 @@ func TestWrongKeysAreRefused(t *testing.T) {
 	type attributes = []*pkcs11.Attribute
 	aes := func(purpose string, change ...*pkcs11.Attribute) func(*pkcs11.Ctx, pkcs11.SessionHandle, string) error {
 		return func(p *pkcs11.Ctx, s pkcs11.SessionHandle, label string) error {
-			secret, _, _, err := pkcs11util.Templates(purpose)
+			secret, _, _, err := pkcs11util.DefaultProfile().Templates(purpose)
 			if err != nil {
 				return err
 			}
@@ -469,7 +469,7 @@ func TestWrongKeysAreRefused(t *testing.T) {
 	// A pair's halves get the label of the case, or another one if given.
 	pair := func(purpose string, privateLabel, publicLabel string, curve []byte, change ...*pkcs11.Attribute) func(*pkcs11.Ctx, pkcs11.SessionHandle, string) error {
 		return func(p *pkcs11.Ctx, s pkcs11.SessionHandle, label string) error {
-			_, private, public, err := pkcs11util.Templates(purpose)
+			_, private, public, err := pkcs11util.DefaultProfile().Templates(purpose)
 			if err != nil {
 				return err
 			}

@@ -20,10 +20,12 @@ const (
 )
 
 // How x-coordinates come out of CKM_ECDH1_DERIVE. Records keep the strategy that they were
-// made under. The key is the same in both, so that either serves the other's records.
+// made under. The key is the same in the first two, so that either serves the other's records. In the third
+// it is of another kind (see Profile.Weakness).
 const (
 	ECDHDerive     = "derive"      // into a readable secret
 	ECDHDeriveWrap = "derive-wrap" // into a sensitive secret, wrapped out under a key of this process
+	ECDHInMemory   = "in-memory"   // not at all: this process multiplies, by a scalar that a secret of the token's gives
 )
 
 // Whether C_DeriveKey is told CKA_VALUE_LEN, and how it is given the peer's point.
@@ -47,7 +49,7 @@ type Profile struct {
 	IV string `json:"iv"`
 	// IVBytes is the IV's length: 12 or 16, and 12 if the IV is ours.
 	IVBytes int `json:"iv_bytes"`
-	// ECDH is ECDHDerive or ECDHDeriveWrap.
+	// ECDH is ECDHDerive, ECDHDeriveWrap or ECDHInMemory.
 	ECDH string `json:"ecdh"`
 	// DeriveValueLen is ValueLenGiven or ValueLenLeftOut.
 	DeriveValueLen string `json:"derive_value_len"`
@@ -73,6 +75,15 @@ func (p Profile) orDefault() Profile {
 	return p
 }
 
+// Weakness says what is lost under this profile that others keep, for the operator to read; nothing, of most.
+func (p Profile) Weakness() string {
+	if p.ECDH != ECDHInMemory {
+		return ""
+	}
+	return "lower assurance (ecdh in-memory): the OPRF, server and relay keys pass through this process's memory each time that they are used; " +
+		"whoever controls vaultd or reads its memory once can carry them away with all records, and then guess passwords offline, without the token and its counter"
+}
+
 // check names everything that is wrong, by the members of the file, in one line.
 func (p Profile) check() error {
 	var problems []string
@@ -89,7 +100,7 @@ func (p Profile) check() error {
 	if p.IVBytes != ivBytes && (p.IVBytes != longIVBytes || p.IV == IVOurs) {
 		report("iv_bytes: want 12, or 16 if the token makes the IV, got %d", p.IVBytes)
 	}
-	oneOf("ecdh", p.ECDH, ECDHDerive, ECDHDeriveWrap)
+	oneOf("ecdh", p.ECDH, ECDHDerive, ECDHDeriveWrap, ECDHInMemory)
 	oneOf("derive_value_len", p.DeriveValueLen, ValueLenGiven, ValueLenLeftOut)
 	oneOf("peer_point", p.PeerPoint, PointRaw, PointDER)
 	if p.MaxDataBytes < minDataBytes || p.MaxDataBytes > maxPlaintextBytes {

@@ -380,7 +380,7 @@ func (s session) destroyLabelled(asked func(label string) bool) error {
 
 // generate makes a key or pair of purpose under a label.
 func (s session) generate(purpose, label string) error {
-	secret, private, public, err := Templates(purpose)
+	secret, private, public, err := s.profile.Templates(purpose)
 	if err != nil {
 		return err
 	}
@@ -394,11 +394,7 @@ func (s session) generate(purpose, label string) error {
 		}
 		return nil
 	}
-	m := uint(pkcs11.CKM_AES_KEY_GEN)
-	if kinds[purpose].keyType == pkcs11.CKK_GENERIC_SECRET {
-		m = pkcs11.CKM_GENERIC_SECRET_KEY_GEN
-	}
-	if _, err := s.p.GenerateKey(s.handle, mechanism(m, nil), append(secret, names...)); err != nil {
+	if _, err := s.p.GenerateKey(s.handle, mechanism(s.profile.SecretKeyGen(purpose), nil), append(secret, names...)); err != nil {
 		return fmt.Errorf("C_GenerateKey: %w", err)
 	}
 	return nil

@@ -189,7 +189,7 @@ func TestMakeKeyCleansUp(t *testing.T) {
 	tok := tokentest.New(t)
 	generate := func(name pkcs11util.KeyName) (label string) {
 		label = pkcs11util.TemporaryLabel(name)
-		_, private, public, err := pkcs11util.Templates(name.Purpose)
+		_, private, public, err := pkcs11util.DefaultProfile().Templates(name.Purpose)
 		if err != nil {
 			t.Fatal(err)
 		}

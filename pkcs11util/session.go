@@ -116,9 +116,18 @@ func (s session) attributes(h pkcs11.ObjectHandle, types ...uint) ([][]byte, err
 
 // x is the x-coordinate of k·P, where P is given uncompressed: CKM_ECDH1_DERIVE
 // without a key derivation function (CKD_NULL), into a session object that is read, or wrapped out and
-// unwrapped here, and destroyed at once. SoftHSM 2.6.1 keeps 400 to 650 bytes of each session object
+// unwrapped here, and destroyed at once; or all of it here, where the token's profile says so. SoftHSM 2.6.1 keeps 400 to 650 bytes of each session object
 // until C_Finalize all the same.
 func (s session) x(k *key, uncompressed []byte) (x [fieldBytes]byte, err error) {
+	if s.profile.ECDH == ECDHInMemory {
+		product, err := s.product(k, uncompressed)
+		if err != nil {
+			return x, err
+		}
+		b, err := product.BytesX()
+		copy(x[:], b)
+		return x, err
+	}
 	peer := uncompressed
 	if s.profile.PeerPoint == PointDER {
 		if peer, err = asn1.Marshal(uncompressed); err != nil {

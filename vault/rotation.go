@@ -78,6 +78,8 @@ type RotationConfig struct {
 	RewrapsPerSecond int
 	// SyncEvery is how often the table is read; 0: 5 seconds.
 	SyncEvery time.Duration
+	// Warnings are what the token's keys do not protect against, for the status to repeat.
+	Warnings []string
 }
 
 // Rotation keeps one instance's token in step with the table of keys, and makes, exchanges and
@@ -842,7 +844,7 @@ func (r *Rotation) Status(ctx context.Context) (*KeyStatus, error) {
 	if err != nil {
 		return nil, storeFault("counting what depends on keys", err)
 	}
-	s := &KeyStatus{Now: table.Now, Token: r.token.Serial(), Tokens: table.tokens()}
+	s := &KeyStatus{Now: table.Now, Token: r.token.Serial(), Tokens: table.tokens(), Warnings: slices.Clone(r.config.Warnings)}
 	var since time.Time // when the first master key that still exists came into use
 	for i := range table.Keys {
 		g := table.Keys[i]

@@ -253,7 +253,7 @@ func destroy(t testing.TB, tok *tokentest.Token, label string, class uint) {
 // generate makes an AES key in a token, as a key of ours but for the attributes given.
 func generate(t testing.TB, tok *tokentest.Token, label string, other ...*pkcs11.Attribute) {
 	t.Helper()
-	template, _, _, err := pkcs11util.Templates(pkcs11util.Master)
+	template, _, _, err := pkcs11util.DefaultProfile().Templates(pkcs11util.Master)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -104,3 +104,99 @@ func TestTokenThatIsNotUsable(t *testing.T) {
 		t.Errorf("exit status %d, %+v", o.code, report)
 	}
 }
+
+// A token that derives nothing for us is refused, with the way out; who declares that lower assurance will do gets a
+// profile, and is told at each step what it costs. Everything else is as with other tokens.
+func TestTokenThatDoesNotDerive(t *testing.T) {
+	t.Parallel()
+	shim := tokentest.EmptyShimmed(t)
+	shim.Set(tokentest.VendorKDF)
+	d := &deployment{database: storetest.New(t), dir: t.TempDir()}
+	tokens := configured(t, d.dir, shim.Config())
+	file := filepath.Join(d.dir, "profile.json")
+	const cost = "guess passwords offline, without the token and its counter"
+
+	o := run(t, tokens, "vaultctl", "token", "check", "--propose="+file)
+	if o.code != 1 || !strings.Contains(o.stdout, "declare by --accept-lower-assurance") || !strings.Contains(o.stderr, "not usable: failed ECDH") {
+		t.Fatalf("undeclared: exit status %d\n%s%s", o.code, o.stdout, o.stderr)
+	}
+	if _, err := os.Stat(file); err == nil {
+		t.Fatal("proposed undeclared")
+	}
+	if table := mustRun(t, tokens, "vaultctl", "token", "check", "--accept-lower-assurance", "--propose="+file); !strings.Contains(table, cost) {
+		t.Errorf("the verdict does not say what is lost:\n%s", table)
+	}
+	if o := run(t, tokens, "vaultctl", "token", "init"); o.code != 1 {
+		t.Errorf("keys were made without the profile: %s", o.stdout)
+	}
+	tokens = append(tokens, "BKV_TOKEN_PROFILE="+file)
+	if said := mustRun(t, tokens, "vaultctl", "token", "init"); !strings.Contains(said, "WARNING: lower assurance") {
+		t.Errorf("init says: %s", said)
+	}
+	d.prepare(t, tokens)
+	v := d.start(t)
+	if log := v.log.String(); !strings.Contains(log, cost) {
+		t.Errorf("vaultd does not say what is lost:\n%s", log)
+	}
+	admin := []string{"BKV_ADMIN_URL=" + v.admin}
+	if status := mustRun(t, admin, "vaultctl", "key", "status"); !strings.Contains(status, "WARNING: lower assurance") || !strings.Contains(status, cost) {
+		t.Errorf("the status does not say what is lost:\n%s", status)
+	}
+
+	ctx := t.Context()
+	first, err := d.phone(at(v), "ann").enrol(ctx, right)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := query[int64](t, d.database, `SELECT count(*) FROM generations WHERE strategy = $1`, pkcs11util.ECDHInMemory); n != 1 {
+		t.Errorf("%d records say how the token multiplies", n)
+	}
+	if _, err := d.phone(at(v), "ann").recover(ctx, wrong); !isRefused(err, "wrong-password") {
+		t.Errorf("a wrong password: %v", err)
+	}
+	// All keys rotate; the first record recovers under the keys that it was made with.
+	for _, purpose := range []string{"oprf", "server", "relay", "state", "audit"} {
+		mustRun(t, admin, "vaultctl", "key", "rotate", purpose)
+	}
+	for _, purpose := range []string{"mac", "master"} {
+		mustRun(t, admin, "vaultctl", "key", "rotate", purpose, "--poll=20ms")
+	}
+	second, err := d.phone(at(v), "bob").enrol(ctx, right)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check := func() {
+		t.Helper()
+		for user, key := range map[string][32]byte{"ann": first, "bob": second} {
+			if got, err := d.phone(at(v), user).recover(ctx, right); err != nil || got != key {
+				t.Errorf("%s: %v", user, err)
+			}
+		}
+	}
+	check()
+	if n := query[int64](t, d.database, `SELECT count(DISTINCT (oprf_key, server_key)) FROM generations`); n != 2 {
+		t.Errorf("the records are under %d pairs of keys", n)
+	}
+	o = run(t, admin, "vaultctl", "key", "destroy", "oprf", "1")
+	if o.code != 1 || !strings.Contains(o.stderr, "1 records still need key oprf/1") {
+		t.Errorf("destroying a key in use: %d %s", o.code, o.stderr)
+	}
+	// The token goes and comes back; the process ends and starts again.
+	shim.Vanish(2)
+	if _, err := d.phone(at(v), "ann").recover(ctx, right); !isRefused(err, "token-unavailable") {
+		t.Errorf("without the token: %v", err)
+	}
+	shim.Return()
+	eventually(t, "service again", func() bool { _, err := d.phone(at(v), "ann").recover(ctx, right); return err == nil })
+	v.stop(t)
+	v = d.start(t)
+	check()
+	if shim.Calls("C_DeriveKey") == 0 {
+		t.Error("the check did not try to derive") // else it would prove nothing that it is refused
+	}
+	// Under the profile of tokens that derive, the keys are of the wrong kind.
+	o = run(t, d.vaultd, "vaultd", "--token-profile=", "--listen=127.0.0.1:0", "--admin-listen=127.0.0.1:0")
+	if o.code != 1 || !strings.Contains(o.stderr, `wrong class for a token profile with ecdh "derive"`) {
+		t.Errorf("vaultd without the profile: %d %s", o.code, o.stderr)
+	}
+}

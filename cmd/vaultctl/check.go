@@ -16,6 +16,7 @@ import (
 type tokenCheckCommand struct {
 	Token   settings.Token `embed:"" prefix:"token-"`
 	Propose string         `placeholder:"FILE" help:"Write the profile that fits to FILE, for --token-profile. It must not exist."`
+	Lower   bool           `name:"accept-lower-assurance" help:"If the token gives the products of no key away, propose a profile by which vaultd multiplies in its own memory. Whoever controls vaultd once can then carry those keys away and guess passwords offline, without the counter. Never proposed where anything better works."`
 	JSON    bool           `name:"json" help:"Print the report as JSON."`
 }
 
@@ -36,7 +37,9 @@ func (c *tokenCheckCommand) Run(e *environment) error {
 		return err
 	}
 	defer admin.Close()
-	report, err := admin.Check(e.ctx, func(what string) { e.log.Info("checking", "what", what) })
+	report, err := admin.Check(e.ctx, pkcs11util.CheckConfig{
+		LowerAssurance: c.Lower, Progress: func(what string) { e.log.Info("checking", "what", what) },
+	})
 	if err != nil {
 		return err
 	}

@@ -50,6 +50,11 @@ func (c *tokenInitCommand) Run(e *environment) error {
 	if err != nil {
 		return fmt.Errorf("%w; what is listed as made is in place, and the command can be run again", err)
 	}
+	if weakness := token.Profile.Weakness(); weakness != "" {
+		if err := e.printf("WARNING: %s\n", weakness); err != nil {
+			return err
+		}
+	}
 	return e.printf("token %q is ready; all its keys are proved, sensitive and not extractable\n", c.Token.Label)
 }
 

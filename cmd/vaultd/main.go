@@ -87,8 +87,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	var weakness []string
+	if w := keys.Weakness(); w != "" {
+		weakness = []string{w}
+	}
 	rotation, err := vault.NewRotation(vault.RotationConfig{
-		Store: db, Token: keys, Vault: v, Log: log, StateEvery: c.StateKey, RewrapsPerSecond: c.Rewraps,
+		Store: db, Token: keys, Vault: v, Log: log, StateEvery: c.StateKey, RewrapsPerSecond: c.Rewraps, Warnings: weakness,
 	})
 	if err != nil {
 		return err
@@ -114,6 +118,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 func warn(log *slog.Logger, keys *pkcs11util.Keyset) {
 	if strings.Contains(keys.Model(), "SoftHSM") {
 		log.Warn("the token is SoftHSM, a folder of files: whoever copies it, the PIN file and the database can guess passwords offline; use a hardware HSM in production")
+	}
+	if weakness := keys.Weakness(); weakness != "" {
+		log.Warn("the token's profile is of lower assurance than others", "weakness", weakness)
 	}
 	log.Warn("no witness keeps a second record of the attempts: whoever can replay old rows of the database has unlimited guesses")
 }

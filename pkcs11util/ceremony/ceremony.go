@@ -169,7 +169,7 @@ func mayMake(names, there []pkcs11util.KeyName, first bool) error {
 		return errors.New("the token holds no identity key, to sign for further generations: make the whole set first, without a purpose or generation")
 	}
 	for i, name := range names {
-		if _, _, _, err := pkcs11util.Templates(name.Purpose); err != nil || name.Generation == 0 {
+		if _, _, _, err := pkcs11util.DefaultProfile().Templates(name.Purpose); err != nil || name.Generation == 0 {
 			return fmt.Errorf("%s is no name for a key", name)
 		}
 		if i > 0 && names[i-1] == name {

@@ -205,3 +205,53 @@ func device(v *vault.Vault, user string) *vaulttest.Device {
 		Account: vault.AccountID{Tenant: "app", User: user}, Policy: policy, RequestID: "r",
 	}}
 }
+
+// Tokens of the profile that multiplies in memory take one set as others do, the secrets of its scalars included; tokens
+// of another profile do not take it.
+func TestOneSetInTokensThatDoNotDerive(t *testing.T) {
+	inMemory := pkcs11util.DefaultProfile()
+	inMemory.ECDH = pkcs11util.ECDHInMemory
+	source, site, other := tokentest.Empty(t), tokentest.Empty(t), tokentest.Empty(t)
+	source.Profile, site.Profile = inMemory, inMemory
+	b := makeSet(t, source, config(join(t, site), join(t, other)))
+	b = must[ceremony.Bundle](t)(ceremony.ParseBundle(b.Encode()))
+	var products [][33]byte
+	for _, tok := range []*tokentest.Token{source, site} {
+		if got := accept(t, tok, b); len(got.Stored) != 8 {
+			t.Fatalf("%+v", got)
+		}
+		pairs := 0
+		for _, o := range contents(t, tok) {
+			if o.class != pkcs11.CKO_PUBLIC_KEY && (!o.sensitive || o.extractable) {
+				t.Errorf("%s can be taken out", o.label)
+			}
+			if o.class == pkcs11.CKO_PRIVATE_KEY {
+				pairs++
+			}
+		}
+		if pairs != 2 {
+			t.Errorf("%d keys are pairs; identity and audit are", pairs)
+		}
+		tok.Keyset = tok.OpenKeyset(t, tok.Config())
+		g := must[[33]byte](t)(tok.PublicKey(pkcs11util.Server, 1))
+		products = append(products, must[[33]byte](t)(tok.Multiply(t.Context(), pkcs11util.OPRF, 1, g)))
+		same, err := as(t, tok, func(a *pkcs11util.Admin) ([]pkcs11util.KeyName, error) {
+			same, _, err := ceremony.Compare(a, b.Record)
+			return same, err
+		})
+		if err != nil || len(same) != 8 {
+			t.Errorf("the record names %v: %v", same, err)
+		}
+	}
+	if products[0] != products[1] {
+		t.Error("the tokens multiply differently")
+	}
+	if _, err := tryAccept(t, other, b); err == nil || !strings.Contains(err.Error(), "was made for tokens of another profile") {
+		t.Errorf("a token of another profile: %v", err)
+	}
+	for _, o := range contents(t, other) {
+		if strings.HasPrefix(o.label, "bkv/") && !strings.HasPrefix(o.label, "bkv/tmp/") && !strings.HasPrefix(o.label, "bkv/transport/") {
+			t.Errorf("it holds %s", o.label)
+		}
+	}
+}

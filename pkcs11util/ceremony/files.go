@@ -187,7 +187,7 @@ func (r Request) publicKey() (*rsa.PublicKey, error) {
 type Key struct {
 	Purpose    string `json:"purpose"`
 	Generation uint32 `json:"generation"`
-	// PublicKey of key pairs, compressed.
+	// PublicKey of key pairs, compressed; none of secret keys.
 	PublicKey []byte `json:"public_key,omitempty"`
 	// Fingerprint tells this key from others and cannot be used in its place: a hash of the public key, or
 	// of what a secret key makes of a constant that serves nothing else.
@@ -205,23 +205,32 @@ func fingerprintOf(name pkcs11util.KeyName, of []byte) []byte {
 	return sum[:]
 }
 
-// isPair says whether keys of a purpose are key pairs.
-func isPair(purpose string) bool {
-	_, private, _, err := pkcs11util.Templates(purpose)
-	return err == nil && private != nil
+// isPair says whether the key is a pair. Of the purposes that multiply it is one or a secret, as the tokens' profile says.
+func (k Key) isPair() bool { return k.PublicKey != nil }
+
+// forms says whether keys of a purpose may be pairs, and whether they may be secrets.
+func forms(purpose string) (pair, secret bool) {
+	inMemory := pkcs11util.DefaultProfile()
+	inMemory.ECDH = pkcs11util.ECDHInMemory
+	for _, p := range []pkcs11util.Profile{pkcs11util.DefaultProfile(), inMemory} {
+		s, private, _, err := p.Templates(purpose)
+		pair, secret = pair || err == nil && private != nil, secret || err == nil && s != nil
+	}
+	return pair, secret
 }
 
 func (k Key) check() error {
-	if _, _, _, err := pkcs11util.Templates(k.Purpose); err != nil || k.Generation == 0 {
+	pair, secret := forms(k.Purpose)
+	if !pair && !secret || k.Generation == 0 {
 		return fmt.Errorf("%s is no name of a key", k.Name())
 	}
 	if len(k.Fingerprint) != 32 {
 		return fmt.Errorf("the fingerprint of %s has %d bytes", k.Name(), len(k.Fingerprint))
 	}
-	if !isPair(k.Purpose) {
-		if k.PublicKey != nil {
-			return fmt.Errorf("%s has a public key", k.Name())
-		}
+	switch {
+	case k.isPair() && !pair:
+		return fmt.Errorf("%s has a public key", k.Name())
+	case !k.isPair() && secret:
 		return nil
 	}
 	if _, err := uncompressed(k.PublicKey); err != nil {
@@ -452,7 +461,7 @@ func (b Bundle) check() error {
 			return errors.New("a share is not of the size that it must have")
 		}
 		for j, wrapped := range share.Keys {
-			if err := checkWrapped(b.Record.Keys[j].Purpose, wrapped); err != nil {
+			if err := checkWrapped(b.Record.Keys[j], wrapped); err != nil {
 				return err
 			}
 		}
@@ -461,12 +470,12 @@ func (b Bundle) check() error {
 }
 
 // checkWrapped checks the size of what AES Key Wrap made.
-func checkWrapped(purpose string, wrapped []byte) error {
+func checkWrapped(key Key, wrapped []byte) error {
 	n := len(wrapped)
-	if isPair(purpose) && n >= wrappedSecret && n <= maxWrappedKey && n%8 == 0 || !isPair(purpose) && n == wrappedSecret {
+	if key.isPair() && n >= wrappedSecret && n <= maxWrappedKey && n%8 == 0 || !key.isPair() && n == wrappedSecret {
 		return nil
 	}
-	return fmt.Errorf("a wrapped key for %s has %d bytes", purpose, n)
+	return fmt.Errorf("a wrapped key for %s has %d bytes", key.Purpose, n)
 }
 
 // checkTexts refuses what would not come out of JSON as it went in, or would deceive whoever reads it on a terminal.

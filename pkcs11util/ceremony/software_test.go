@@ -159,7 +159,7 @@ func newSource(t testing.TB) *source {
 		var private *ecdsa.PrivateKey
 		plain := make([]byte, 32)
 		_, _ = rand.Read(plain)
-		if _, pair, _, err := pkcs11util.Templates(purpose); err != nil {
+		if _, pair, _, err := pkcs11util.DefaultProfile().Templates(purpose); err != nil {
 			t.Fatal(err)
 		} else if pair != nil {
 			private = must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))

@@ -31,13 +31,14 @@ type token struct {
 	p       *pkcs11.Ctx
 	session pkcs11.SessionHandle
 	info    Token
+	profile pkcs11util.Profile
 	made    []pkcs11.ObjectHandle // session objects, for discard
 }
 
 // within runs f inside the token. Session objects that f made are destroyed when it is done.
 func within(admin *pkcs11util.Admin, f func(t *token) error) error {
 	return admin.Do(func(p *pkcs11.Ctx, session pkcs11.SessionHandle, info pkcs11.TokenInfo) (err error) {
-		t := &token{p: p, session: session, info: Token{
+		t := &token{p: p, session: session, profile: admin.Profile(), info: Token{
 			Serial: strings.TrimSpace(info.SerialNumber), Label: info.Label,
 			Manufacturer: strings.TrimSpace(info.ManufacturerID), Model: strings.TrimSpace(info.Model),
 		}}
@@ -298,18 +299,15 @@ type generated struct {
 
 // generate makes a key as it will be used, but extractable and for the session only.
 func (t *token) generate(name pkcs11util.KeyName) (generated, error) {
-	secret, private, public, err := pkcs11util.Templates(name.Purpose)
+	secret, private, public, err := t.profile.Templates(name.Purpose)
 	if err != nil {
 		return generated{}, err
 	}
 	passing := []*pkcs11.Attribute{attribute(pkcs11.CKA_TOKEN, false), attribute(pkcs11.CKA_EXTRACTABLE, true)}
 	g := generated{Key: Key{Purpose: name.Purpose, Generation: name.Generation}}
 	if secret != nil {
-		m := uint(pkcs11.CKM_AES_KEY_GEN)
-		if name.Purpose == pkcs11util.MAC {
-			m = pkcs11.CKM_GENERIC_SECRET_KEY_GEN
-		}
-		if g.handle, err = t.p.GenerateKey(t.session, mechanism(m, nil), with(secret, passing...)); err != nil {
+		m := mechanism(t.profile.SecretKeyGen(name.Purpose), nil)
+		if g.handle, err = t.p.GenerateKey(t.session, m, with(secret, passing...)); err != nil {
 			return generated{}, call("C_GenerateKey for "+name.String(), err)
 		}
 		t.made = append(t.made, g.handle)
@@ -354,7 +352,7 @@ func (t *token) fingerprintSecret(name pkcs11util.KeyName, h pkcs11.ObjectHandle
 	question := hash(keyCheckLabel, []byte(name.String()))
 	var answer []byte
 	var err error
-	if name.Purpose == pkcs11util.MAC {
+	if t.profile.SecretKeyGen(name.Purpose) == pkcs11.CKM_GENERIC_SECRET_KEY_GEN {
 		message := append([]byte(keyCheckLabel+"\x00"), question[:]...)
 		if err = t.p.SignInit(t.session, mechanism(pkcs11.CKM_SHA256_HMAC, nil), h); err == nil {
 			answer, err = t.p.Sign(t.session, message)
@@ -400,7 +398,7 @@ func (t *token) wrap(r Request, set []generated) (Share, error) {
 	for _, key := range set {
 		wrapped, err := t.p.WrapKey(t.session, mechanism(pkcs11.CKM_AES_KEY_WRAP, nil), by, key.handle)
 		if err == nil {
-			err = checkWrapped(key.Purpose, wrapped)
+			err = checkWrapped(key.Key, wrapped)
 		}
 		if err != nil {
 			return Share{}, call("C_WrapKey (CKM_AES_KEY_WRAP) of "+key.Name().String(), err)
@@ -414,9 +412,12 @@ func (t *token) wrap(r Request, set []generated) (Share, error) {
 // extractable, with its public half, and compares secret keys with the record. Private halves are
 // compared with the public ones when they are proved.
 func (t *token) unwrapKey(by pkcs11.ObjectHandle, key Key, wrapped []byte, label string, keep bool) error {
-	secret, private, public, err := pkcs11util.Templates(key.Purpose)
+	secret, private, public, err := t.profile.Templates(key.Purpose)
 	if err != nil {
 		return err
+	}
+	if key.isPair() != (secret == nil) {
+		return fmt.Errorf("%s was made for tokens of another profile than this one's, which has ecdh %q: all tokens of a ceremony must have the same", key.Name(), t.profile.ECDH)
 	}
 	id := make([]byte, 16) // CKA_ID, for tools that pair halves by it
 	_, _ = rand.Read(id)   // crypto/rand never fails: it ends the process first
@@ -488,7 +489,7 @@ func (t *token) stored(names []pkcs11util.KeyName) ([]stored, error) {
 	for _, name := range names {
 		k := stored{Key: Key{Purpose: name.Purpose, Generation: name.Generation}}
 		var err error
-		if isPair(name.Purpose) {
+		if _, private, _, templateErr := t.profile.Templates(name.Purpose); templateErr == nil && private != nil {
 			k.handle = byLabel[pkcs11.CKO_PRIVATE_KEY][name.String()]
 			if k.PublicKey, err = t.publicKey(byLabel[pkcs11.CKO_PUBLIC_KEY][name.String()]); err == nil {
 				k.Fingerprint = fingerprintOf(name, k.PublicKey)

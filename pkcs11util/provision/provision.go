@@ -111,7 +111,7 @@ func generate(cfg Config, names []pkcs11util.KeyName) (labels map[pkcs11util.Key
 	labels = map[pkcs11util.KeyName]string{}
 	for _, name := range names {
 		labels[name] = pkcs11util.TemporaryLabel(name)
-		if err := generateKey(ctx, name, labels[name]); err != nil {
+		if err := generateKey(ctx, cfg.Profile, name, labels[name]); err != nil {
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}
 	}
@@ -120,8 +120,8 @@ func generate(cfg Config, names []pkcs11util.KeyName) (labels map[pkcs11util.Key
 
 // generateKey makes one key or pair. crypto11 adds attributes of its own only where the template is
 // silent, and the templates speak of all that matter.
-func generateKey(ctx *crypto11.Context, name pkcs11util.KeyName, label string) error {
-	secret, private, public, err := pkcs11util.Templates(name.Purpose)
+func generateKey(ctx *crypto11.Context, profile pkcs11util.Profile, name pkcs11util.KeyName, label string) error {
+	secret, private, public, err := profile.Templates(name.Purpose)
 	if err != nil {
 		return err
 	}
@@ -133,7 +133,7 @@ func generateKey(ctx *crypto11.Context, name pkcs11util.KeyName, label string) e
 			return err
 		}
 		cipher := crypto11.CipherAES
-		if name.Purpose == pkcs11util.MAC {
+		if profile.SecretKeyGen(name.Purpose) == pkcs11.CKM_GENERIC_SECRET_KEY_GEN {
 			cipher = crypto11.CipherGeneric
 		}
 		_, err = ctx.GenerateSecretKeyWithAttributes(set, 256, cipher)

@@ -221,7 +221,7 @@ func TestRunResumes(t *testing.T) {
 	raw(t, cfg, func(p *pkcs11.Ctx, s pkcs11.SessionHandle) error {
 		for _, purpose := range []string{pkcs11util.Master, pkcs11util.Audit} {
 			label := pkcs11.NewAttribute(pkcs11.CKA_LABEL, pkcs11util.TemporaryLabel(pkcs11util.KeyName{Purpose: purpose, Generation: 1}))
-			secret, private, public, err := pkcs11util.Templates(purpose)
+			secret, private, public, err := pkcs11util.DefaultProfile().Templates(purpose)
 			if err != nil {
 				return err
 			}

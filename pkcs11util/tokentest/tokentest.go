@@ -165,6 +165,7 @@ type Token struct {
 	*pkcs11util.Keyset // open; closed at the test's end
 	Label              string
 	Directory          Directory
+	Profile            pkcs11util.Profile // under which keys are made and the token is opened; zero: the default
 
 	module *module.Module
 }
@@ -185,6 +186,12 @@ func Import(t testing.TB, scalars map[string][32]byte) *Token {
 	tok := Empty(t)
 	tok.fill(t, scalars)
 	return tok
+}
+
+// Fill makes a key for each purpose in a token that was made Empty, and opens it.
+func (tok *Token) Fill(t testing.TB) {
+	t.Helper()
+	tok.fill(t, nil)
 }
 
 // fill makes or imports a key for each purpose, and opens the token.
@@ -223,7 +230,7 @@ func emptyIn(t testing.TB, dir Directory) *Token {
 
 // Config opens the token.
 func (tok *Token) Config() pkcs11util.Config {
-	return pkcs11util.Config{Module: tok.Directory.Module, Label: tok.Label, PIN: PIN}
+	return pkcs11util.Config{Module: tok.Directory.Module, Label: tok.Label, PIN: PIN, Profile: tok.Profile}
 }
 
 // OpenKeyset opens the token a further time, until the test's end.
@@ -245,17 +252,13 @@ func (tok *Token) OpenKeyset(t testing.TB, cfg pkcs11util.Config) *pkcs11util.Ke
 func (tok *Token) MakeKey(t testing.TB, name pkcs11util.KeyName) {
 	t.Helper()
 	label := pkcs11util.TemporaryLabel(name)
-	secret, private, public, err := pkcs11util.Templates(name.Purpose)
+	secret, private, public, err := tok.Profile.Templates(name.Purpose)
 	if err != nil {
 		t.Fatal(err)
 	}
 	tok.Raw(t, func(p *pkcs11.Ctx, session pkcs11.SessionHandle) error {
 		if secret != nil {
-			generate := uint(pkcs11.CKM_AES_KEY_GEN)
-			if name.Purpose == pkcs11util.MAC {
-				generate = pkcs11.CKM_GENERIC_SECRET_KEY_GEN
-			}
-			_, err := p.GenerateKey(session, mechanism(generate), labelled(secret, label))
+			_, err := p.GenerateKey(session, mechanism(tok.Profile.SecretKeyGen(name.Purpose)), labelled(secret, label))
 			return err
 		}
 		_, _, err := p.GenerateKeyPair(session, mechanism(pkcs11.CKM_EC_KEY_PAIR_GEN), labelled(public, label), labelled(private, label))
@@ -275,7 +278,7 @@ func (tok *Token) ImportKey(t testing.TB, name pkcs11util.KeyName, scalar [32]by
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, private, public, err := pkcs11util.Templates(name.Purpose)
+	_, private, public, err := pkcs11util.DefaultProfile().Templates(name.Purpose)
 	if err != nil {
 		t.Fatal(err)
 	}
