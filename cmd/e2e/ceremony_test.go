@@ -150,3 +150,97 @@ func TestTwoSites(t *testing.T) {
 		}
 	}
 }
+
+// With two tokens, rotating the master key means switching to a generation that a ceremony has put into both. Until both
+// vaultds have shown that theirs holds it, it is refused; then it goes as with one token, each destroying the old key in its own.
+func TestTwoSitesRotate(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	source, site := tokentest.NewDirectory(t), tokentest.NewDirectory(t)
+	atSource, atSite := tokenEnv(t, dir, source), tokenEnv(t, dir, site)
+	ceremony := func(env []string, args ...string) string {
+		t.Helper()
+		return "--confirm=" + last(mustRun(t, env, "vaultctl", append([]string{"token", "ceremony"}, args...)...))
+	}
+	confirm := ceremony(atSite, "join", "--out="+dir+"/request", "--oaep-hash=sha1")
+	confirm = ceremony(atSource, "make", "--request="+dir+"/request", confirm, "--out="+dir+"/bundle", "--who=Ann", "--oaep-hash=sha1")
+	ceremony(atSite, "accept", "--bundle="+dir+"/bundle", confirm)
+	d := deployOn(t, storetest.New(t), source)
+
+	here, there := d.start(t), d.start(t, site.Env())
+	key := func(v *vaultd, args ...string) outcome {
+		t.Helper()
+		return run(t, []string{"BKV_ADMIN_URL=" + v.admin}, "vaultctl", append([]string{"key"}, args...)...)
+	}
+	refused := func(v *vaultd, want string, args ...string) {
+		t.Helper()
+		if o := key(v, args...); o.code != 1 || o.stdout != "" || strings.Count(o.stderr, "\n") != 1 || !strings.Contains(o.stderr, want) {
+			t.Errorf("%v: exit status %d, %s%s; want %q", args, o.code, o.stdout, o.stderr, want)
+		}
+	}
+	ctx := t.Context()
+	keys := map[string][32]byte{}
+	for user, v := range map[string]*vaultd{"ann": here, "bob": there} {
+		var err error
+		if keys[user], err = d.phone(at(v), user).enrol(ctx, right); err != nil {
+			t.Fatal(err)
+		}
+	}
+	recover := func() {
+		t.Helper()
+		for user, key := range keys {
+			for _, v := range []*vaultd{here, there} {
+				if got, err := d.phone(at(v), user).recover(ctx, right); err != nil || got != key {
+					t.Errorf("%s: %v", user, err)
+				}
+			}
+		}
+	}
+	recover()
+	const noneInBoth = "2 tokens are in service"
+	refused(here, noneInBoth, "rotate", "master")
+	refused(there, noneInBoth, "rotate", "master")
+
+	// The next generation is made; one site has it, and then both.
+	here.stop(t)
+	there.stop(t)
+	confirm = ceremony(atSite, "join", "--out="+dir+"/request2", "--oaep-hash=sha1")
+	confirm = ceremony(atSource, "make", "--request="+dir+"/request2", confirm, "--out="+dir+"/bundle2", "--who=Ann", "--oaep-hash=sha1",
+		"--purpose=master", "--generation=2")
+	here, there = d.start(t), d.start(t, site.Env())
+	refused(here, noneInBoth, "rotate", "master")
+	if o := key(here, "status"); o.code != 0 || !strings.Contains(o.stdout, "WARNING: key master/2 is not in token [") {
+		t.Errorf("the status while one token lacks it: %s%s", o.stdout, o.stderr)
+	}
+	recover()
+	there.stop(t)
+	ceremony(atSite, "accept", "--bundle="+dir+"/bundle2", confirm)
+	refused(here, noneInBoth, "rotate", "master") // it is there, and has not been shown
+	there = d.start(t, site.Env())
+
+	if o := key(there, "rotate", "master"); o.code != 0 || o.stdout != "master/2 is in use\n" {
+		t.Fatalf("rotating: %s%s", o.stdout, o.stderr)
+	}
+	recover()
+	moved := func() bool {
+		return query[int64](t, d.database, `SELECT count(*) FROM generations WHERE state <> 'destroyed' AND sealed_under(sealed) <> 2`) == 0
+	}
+	eventually(t, "the records moved", moved)
+	refused(here, "there is no next master key that all of them hold", "rotate", "master")
+	state := func() string {
+		return query[string](t, d.database, `SELECT state FROM key_generations WHERE purpose = 'master' AND generation = 1`)
+	}
+	for i, v := range []*vaultd{here, there} {
+		if o := key(v, "destroy", "master", "1"); o.code != 0 {
+			t.Fatalf("destroying at site %d: %s", i, o.stderr)
+		}
+		if want := []string{"closing", "destroyed"}[i]; state() != want {
+			t.Errorf("after %d of two tokens the key is %s", i+1, state())
+		}
+		recover()
+	}
+	here.stop(t)
+	there.stop(t)
+	here, there = d.start(t), d.start(t, site.Env())
+	recover()
+}
