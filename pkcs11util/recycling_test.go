@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -376,6 +377,35 @@ func TestMillion(t *testing.T) {
 		if i%(n/10) == 0 {
 			fmt.Printf("%9d multiplications: %4d MiB resident, recycled %d times\n", i, resident(t), log.count("module recycled"))
 		}
+	}
+}
+
+// Forged values leave the memory as it was: whoever may send sealed values could fill it otherwise. With
+// C_Decrypt as miekg/pkcs11 v1.1.2 calls it, this takes 40 MiB.
+func TestForgeriesLeaveNoMemory(t *testing.T) {
+	ctx := t.Context()
+	tok := tokentest.New(t)
+	id, associated := [16]byte{1}, []byte("associated")
+	forged, err := tok.Seal(ctx, pkcs11util.State, id, make([]byte, 8192), associated)
+	if err != nil {
+		t.Fatal(err)
+	}
+	forged[len(forged)-1] ^= 1
+	forge := func(n int) {
+		t.Helper()
+		for range n {
+			if _, authentic, err := tok.Open(ctx, pkcs11util.State, id, forged, associated); err != nil || authentic {
+				t.Fatalf("a forgery: %v, %v", authentic, err)
+			}
+		}
+	}
+	forge(500)
+	runtime.GC()
+	before := resident(t)
+	forge(2500)
+	runtime.GC()
+	if grown := resident(t) - before; grown > 15 {
+		t.Errorf("2500 forgeries took %d MiB", grown)
 	}
 }
 

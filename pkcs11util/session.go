@@ -6,7 +6,6 @@ import (
 	"encoding/asn1"
 	"fmt"
 	"slices"
-	"sync/atomic"
 
 	"github.com/miekg/pkcs11"
 
@@ -18,8 +17,8 @@ import (
 // gate. Their errors name the function and wrap its pkcs11.Error.
 type session struct {
 	p      *pkcs11.Ctx
+	module *module.Module
 	handle pkcs11.SessionHandle
-	made   *atomic.Int64 // session objects, by all sessions of the module
 
 	profile  Profile      // set by under
 	wrapping *wrappingKey // likewise
@@ -43,7 +42,7 @@ func openSession(m *module.Module, slot uint, flags uint) (session, error) {
 	if err != nil {
 		return session{}, fmt.Errorf("C_OpenSession: %w", err)
 	}
-	return session{p: m.Ctx, handle: h, made: &m.SessionObjects}, nil
+	return session{p: m.Ctx, module: m, handle: h}, nil
 }
 
 // close gives the session back. It may be one that is gone already.
@@ -150,7 +149,7 @@ func (s session) x(k *key, uncompressed []byte) (x [fieldBytes]byte, err error) 
 	if err != nil {
 		return x, fmt.Errorf("C_DeriveKey under %s: %w", k.name, err)
 	}
-	s.made.Add(1)
+	s.module.SessionObjects.Add(1)
 	var value []byte
 	if s.profile.ECDH == ECDHDeriveWrap {
 		value, err = s.wrapOut(secret)
@@ -245,9 +244,7 @@ func (s session) encrypt(k *key, plaintext, associated []byte) (iv, ciphertext [
 }
 
 // decrypt undoes encrypt. refused is an error of C_Decrypt itself that a wrong tag may have caused,
-// or that the token may have made up; err is any other. When C_Decrypt fails, miekg/pkcs11 v1.1.2
-// does not free its output buffer, which is as long as the ciphertext: some 280 bytes for each
-// forgery of that size, for as long as the process lives.
+// or that the token may have made up; err is any other.
 func (s session) decrypt(k *key, iv, ciphertext, associated []byte) (plaintext []byte, refused, err error) {
 	given, data := iv, ciphertext
 	if s.profile.IV == IVPrepended && len(iv) == s.profile.IVBytes {
@@ -258,7 +255,7 @@ func (s session) decrypt(k *key, iv, ciphertext, associated []byte) (plaintext [
 	if err := s.p.DecryptInit(s.handle, mechanism(pkcs11.CKM_AES_GCM, params), k.handle); err != nil {
 		return nil, nil, fmt.Errorf("C_DecryptInit under %s: %w", k.name, err)
 	}
-	plaintext, err = s.p.Decrypt(s.handle, data)
+	plaintext, err = s.module.Decrypt(s.handle, data)
 	if err != nil {
 		wrapped := fmt.Errorf("C_Decrypt under %s: %w", k.name, err)
 		if mayBeWrongTag(err) {

@@ -19,6 +19,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unsafe"
 
 	"github.com/miekg/pkcs11"
 	"golang.org/x/sync/semaphore"
@@ -63,6 +64,8 @@ type Module struct {
 
 	pins atomic.Int32 // users whose handles Recycle must not void
 
+	decrypt unsafe.Pointer // C_Decrypt
+
 	path string
 	refs int // guarded by registryMu
 
@@ -101,7 +104,7 @@ func Load(path string) (*Module, error) {
 		if p == nil {
 			return nil, fmt.Errorf("PKCS#11 module %s cannot be loaded: it is no PKCS#11 module for this machine, or a library that it needs is missing", path)
 		}
-		m = &Module{Ctx: p, path: path, gate: semaphore.NewWeighted(wholeGate)}
+		m = &Module{Ctx: p, path: path, decrypt: findDecrypt(file), gate: semaphore.NewWeighted(wholeGate)}
 		registry[file] = m
 	}
 	if m.refs == 0 {
