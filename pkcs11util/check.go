@@ -343,7 +343,8 @@ func describe(p Profile) string {
 	if p.IV != IVOurs {
 		who = fmt.Sprintf("the token makes IVs of %d bytes, %s", p.IVBytes, p.IV)
 	}
-	return fmt.Sprintf("%s; %s, CKA_VALUE_LEN %s, points %s; at most %d bytes at a time", who, p.ECDH, p.DeriveValueLen, p.PeerPoint, p.MaxDataBytes)
+	return fmt.Sprintf("AES-GCM is mechanism 0x%08x; %s; %s, CKA_VALUE_LEN %s, points %s; at most %d bytes at a time",
+		uint32(p.GCM), who, p.ECDH, p.DeriveValueLen, p.PeerPoint, p.MaxDataBytes)
 }
 
 func difference(had, fits Profile) string {
@@ -353,6 +354,7 @@ func difference(had, fits Profile) string {
 			d = append(d, fmt.Sprintf("%s is %v where %v is needed", member, a, b))
 		}
 	}
+	add("gcm_mechanism", fmt.Sprintf("0x%08x", uint32(had.GCM)), fmt.Sprintf("0x%08x", uint32(fits.GCM)))
 	add("iv", had.IV, fits.IV)
 	add("iv_bytes", had.IVBytes, fits.IVBytes)
 	add("ecdh", had.ECDH, fits.ECDH)

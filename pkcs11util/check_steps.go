@@ -32,17 +32,6 @@ func (c *checker) random(s session) CheckLine {
 	return okay("they do not repeat; no more can be seen from outside")
 }
 
-// candidates are a profile's variants, itself first.
-func candidates(first Profile, change ...func(p *Profile)) []Profile {
-	all := []Profile{first}
-	for _, f := range change {
-		p := first
-		f(&p)
-		all = append(all, p)
-	}
-	return all
-}
-
 // try looks for the first candidate under which works gives no error, and adopts it.
 // Otherwise it returns the error that says most: a wrong answer, or else the first.
 func (c *checker) try(all []Profile, works func(s session) error) error {
@@ -72,13 +61,22 @@ func (c *checker) try(all []Profile, works func(s session) error) error {
 	return first
 }
 
-// gcm finds out who makes the IV.
+// gcm finds out under which number the token does AES-GCM, and who makes the IV.
 func (c *checker) gcm(_ session, k *key) CheckLine {
-	iv := func(scheme string, n int) func(p *Profile) {
-		return func(p *Profile) { p.IV, p.IVBytes = scheme, n }
+	all := []Profile{c.profile}
+	for _, number := range []Mechanism{c.profile.GCM, GCMStandard, gcmCloudHSM, gcmCloudKMS} {
+		for _, iv := range []struct {
+			scheme string
+			bytes  int
+		}{
+			{IVOurs, ivBytes}, {IVWrittenBack, ivBytes}, {IVAppended, longIVBytes}, {IVAppended, ivBytes},
+			{IVPrepended, ivBytes}, {IVPrepended, longIVBytes}, {IVWrittenBack, longIVBytes},
+		} {
+			p := c.profile
+			p.GCM, p.IV, p.IVBytes = number, iv.scheme, iv.bytes
+			all = append(all, p)
+		}
 	}
-	all := candidates(c.profile, iv(IVOurs, ivBytes), iv(IVWrittenBack, ivBytes), iv(IVAppended, longIVBytes), iv(IVAppended, ivBytes),
-		iv(IVPrepended, ivBytes), iv(IVPrepended, longIVBytes), iv(IVWrittenBack, longIVBytes))
 	err := c.try(all, func(s session) error {
 		if err := s.proveGCM(k); err != nil {
 			return err
@@ -92,7 +90,7 @@ func (c *checker) gcm(_ session, k *key) CheckLine {
 	if err != nil {
 		return failed("use a token whose CKM_AES_GCM works with 12-byte IVs, of ours or its own, as PKCS #11 v2.40 describes it", err)
 	}
-	return okay("as Go computes it over the token's AES; IV %s, %d bytes", c.profile.IV, c.profile.IVBytes)
+	return okay("as Go computes it over the token's AES; mechanism 0x%08x, IV %s, %d bytes", uint32(c.profile.GCM), c.profile.IV, c.profile.IVBytes)
 }
 
 func (c *checker) dataLimit(_ session, k *key) CheckLine {
@@ -137,7 +135,7 @@ func (c *checker) ivs(s session, k *key) CheckLine {
 func (s session) encryptRaw(k *key, iv, plaintext, associated []byte) ([]byte, error) {
 	params := pkcs11.NewGCMParams(iv, associated, tagBytes*8)
 	defer params.Free()
-	if err := s.p.EncryptInit(s.handle, mechanism(pkcs11.CKM_AES_GCM, params), k.handle); err != nil {
+	if err := s.p.EncryptInit(s.handle, mechanism(uint(s.profile.GCM), params), k.handle); err != nil {
 		return nil, err
 	}
 	return s.p.Encrypt(s.handle, plaintext)

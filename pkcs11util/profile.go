@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
+	"github.com/miekg/pkcs11"
 )
 
 // Who makes the IV of AES-GCM, and where a token that makes it gives it back.
@@ -16,8 +18,39 @@ const (
 	IVOurs        = "ours"         // this process, at random; the token uses what it is given
 	IVWrittenBack = "written-back" // the token, over the zeros that it is given (AWS CloudHSM 5)
 	IVAppended    = "appended"     // the token, after the tag (Luna 7 in FIPS mode)
-	IVPrepended   = "prepended"    // the token, before the ciphertext
+	IVPrepended   = "prepended"    // the token, before the ciphertext; it is given none (AWS CloudHSM's own mechanism)
 )
+
+// Numbers under which tokens do AES-GCM.
+const (
+	// GCMStandard is CKM_AES_GCM.
+	GCMStandard Mechanism = pkcs11.CKM_AES_GCM
+	// gcmCloudHSM is CKM_CLOUDHSM_AES_GCM, CKM_VENDOR_DEFINED | CKM_AES_GCM in AWS CloudHSM's
+	// header cloudhsm_pkcs11_vendor_defs.h. It takes no IV (pIv must be NULL) and prepends its own.
+	gcmCloudHSM Mechanism = vendorDefined | pkcs11.CKM_AES_GCM
+	// gcmCloudKMS is CKM_CLOUDKMS_AES_GCM, CKM_VENDOR_DEFINED | 0x1E100 | 1 in Google Cloud KMS's
+	// header kmsp11.h. It takes 12 zeros and writes its own IV over them.
+	gcmCloudKMS Mechanism = vendorDefined | 0x1e101
+
+	vendorDefined = 0x80000000 // CKM_VENDOR_DEFINED, PKCS #11 v2.40 section 3.3
+)
+
+// Mechanism is the number of a PKCS #11 mechanism, in files in hexadecimal as headers have it.
+type Mechanism uint32
+
+// MarshalText writes 0x and eight digits.
+func (m Mechanism) MarshalText() ([]byte, error) { return fmt.Appendf(nil, "0x%08x", uint32(m)), nil }
+
+// UnmarshalText reads what MarshalText writes, with any number of digits and in either case.
+func (m *Mechanism) UnmarshalText(b []byte) error {
+	digits, ok := strings.CutPrefix(string(b), "0x")
+	n, err := strconv.ParseUint(digits, 16, 32)
+	if err != nil || !ok {
+		return fmt.Errorf("want a number like 0x%08x, got %q", uint32(GCMStandard), b)
+	}
+	*m = Mechanism(n)
+	return nil
+}
 
 // How x-coordinates come out of CKM_ECDH1_DERIVE. Records keep the strategy that they were
 // made under. The key is the same in the first two, so that either serves the other's records. In the third
@@ -44,6 +77,8 @@ const minDataBytes = 512
 // reads is not part of it: its two forms are told apart by their lengths. A profile is
 // found by [Admin.Check], and kept as a small JSON file, all members present.
 type Profile struct {
+	// GCM is the number under which the token does AES-GCM: GCMStandard, or one of its vendor's.
+	GCM Mechanism `json:"gcm_mechanism"`
 	// IV is IVOurs, IVWrittenBack, IVAppended or IVPrepended. Values that were sealed under another
 	// open as long as the token can decrypt with a given IV.
 	IV string `json:"iv"`
@@ -62,7 +97,7 @@ type Profile struct {
 // DefaultProfile is SoftHSM's, and of most tokens.
 func DefaultProfile() Profile {
 	return Profile{
-		IV: IVOurs, IVBytes: ivBytes, ECDH: ECDHDerive,
+		GCM: GCMStandard, IV: IVOurs, IVBytes: ivBytes, ECDH: ECDHDerive,
 		DeriveValueLen: ValueLenGiven, PeerPoint: PointRaw, MaxDataBytes: maxPlaintextBytes,
 	}
 }
@@ -95,6 +130,9 @@ func (p Profile) check() error {
 			}
 		}
 		report("%s: want one of %q, got %q", member, want, got)
+	}
+	if p.GCM != GCMStandard && p.GCM < vendorDefined {
+		report("gcm_mechanism: want 0x%08x (CKM_AES_GCM), or a vendor's from 0x%08x on, got 0x%08x", uint32(GCMStandard), uint32(vendorDefined), uint32(p.GCM))
 	}
 	oneOf("iv", p.IV, IVOurs, IVWrittenBack, IVAppended, IVPrepended)
 	if p.IVBytes != ivBytes && (p.IVBytes != longIVBytes || p.IV == IVOurs) {

@@ -9,7 +9,7 @@ func FuzzParseProfile(f *testing.F) {
 	}
 	f.Add(good)
 	f.Add(good[:len(good)/2])
-	f.Add([]byte(`{"iv":"appended","iv_bytes":16,"ecdh":"derive-wrap","derive_value_len":"left-out","peer_point":"der","max_data_bytes":512}`))
+	f.Add([]byte(`{"gcm_mechanism":"0x80001087","iv":"appended","iv_bytes":16,"ecdh":"derive-wrap","derive_value_len":"left-out","peer_point":"der","max_data_bytes":512}`))
 	f.Add([]byte("null"))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/rand"
 	"encoding/asn1"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -200,16 +201,19 @@ func (s session) wrapOut(secret pkcs11.ObjectHandle) ([]byte, error) {
 }
 
 // encrypt is AES-GCM with a 128-bit tag, under an IV that comes back. associated must hold at
-// least one byte, and so does the IV: SoftHSM 2.6.1 takes a missing IV for one of zeros, and some builds
-// abort on empty associated data.
+// least one byte, and so does the IV, unless the token prepends its own: SoftHSM 2.6.1 takes a missing IV for one of zeros,
+// and some builds abort on empty associated data.
 func (s session) encrypt(k *key, plaintext, associated []byte) (iv, ciphertext []byte, err error) {
 	given := make([]byte, s.profile.IVBytes)
-	if s.profile.IV == IVOurs {
+	switch s.profile.IV {
+	case IVOurs:
 		_, _ = rand.Read(given) // crypto/rand never fails: it ends the process first
+	case IVPrepended:
+		given = nil
 	}
 	params := pkcs11.NewGCMParams(given, associated, tagBytes*8)
 	defer params.Free()
-	if err := s.p.EncryptInit(s.handle, mechanism(pkcs11.CKM_AES_GCM, params), k.handle); err != nil {
+	if err := s.p.EncryptInit(s.handle, mechanism(uint(s.profile.GCM), params), k.handle); err != nil {
 		return nil, nil, fmt.Errorf("C_EncryptInit under %s: %w", k.name, err)
 	}
 	out, err := s.p.Encrypt(s.handle, plaintext)
@@ -243,7 +247,7 @@ func (s session) encrypt(k *key, plaintext, associated []byte) (iv, ciphertext [
 	return iv, ciphertext, nil
 }
 
-// decrypt undoes encrypt. refused is an error of C_Decrypt itself that a wrong tag may have caused,
+// decrypt undoes encrypt. refused is an error that a wrong tag or IV may have caused,
 // or that the token may have made up; err is any other.
 func (s session) decrypt(k *key, iv, ciphertext, associated []byte) (plaintext []byte, refused, err error) {
 	given, data := iv, ciphertext
@@ -252,8 +256,12 @@ func (s session) decrypt(k *key, iv, ciphertext, associated []byte) (plaintext [
 	}
 	params := pkcs11.NewGCMParams(given, associated, tagBytes*8)
 	defer params.Free()
-	if err := s.p.DecryptInit(s.handle, mechanism(pkcs11.CKM_AES_GCM, params), k.handle); err != nil {
-		return nil, nil, fmt.Errorf("C_DecryptInit under %s: %w", k.name, err)
+	if err := s.p.DecryptInit(s.handle, mechanism(uint(s.profile.GCM), params), k.handle); err != nil {
+		wrapped := fmt.Errorf("C_DecryptInit under %s: %w", k.name, err)
+		if errors.Is(err, pkcs11.Error(pkcs11.CKR_MECHANISM_PARAM_INVALID)) {
+			return nil, wrapped, nil // an IV of a length that this token does not take, which a forgery may have, too
+		}
+		return nil, nil, wrapped
 	}
 	plaintext, err = s.module.Decrypt(s.handle, data)
 	if err != nil {

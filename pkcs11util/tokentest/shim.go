@@ -67,6 +67,10 @@ var (
 	PeerPointDER = Setting{"point_in", 2}  // CKM_ECDH1_DERIVE takes an OCTET STRING only
 )
 
+// VendorGCM has the token do AES-GCM under a vendor's number, and under none else: without an IV of the caller's, and with
+// its own before the ciphertext (AWS CloudHSM's mechanism, but that it has the standard one too).
+func VendorGCM(number uint32) Setting { return Setting{"gcm_number", int64(number)} }
+
 // DataLimit is the most bytes that C_Encrypt takes; more are CKR_DATA_LEN_RANGE.
 func DataLimit(n int) Setting { return Setting{"data_limit", int64(n)} }
 

@@ -8,6 +8,7 @@
 
 /* SETTING(name): 0 is off, for all of them. */
 SETTING(iv)                /* AES-GCM: 1 made here and written back, 2 appended to the ciphertext, 3 prepended */
+SETTING(gcm_number)        /* AES-GCM has this number, and not its own; it takes no IV, and prepends one made here */
 SETTING(nil_iv)            /* AES-GCM without an IV: 1 refused, 2 taken for twelve zeros */
 SETTING(bad_tag)           /* 1: C_Decrypt gives the plaintext of a ciphertext whose tag is wrong */
 SETTING(data_limit)        /* C_Encrypt takes at most so many bytes */

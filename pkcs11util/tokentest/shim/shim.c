@@ -294,7 +294,7 @@ static ulong valueLen(int64_t rule, struct attribute *t, ulong n)
 
 static int hidden(ulong type)
 {
-	return type && (type == (ulong)SET(hidden_1) || type == (ulong)SET(hidden_2) || type == (ulong)SET(hidden_3) || type == (ulong)SET(hidden_4));
+	return type && ((type == CKM_AES_GCM && SET(gcm_number)) || type == (ulong)SET(hidden_1) || type == (ulong)SET(hidden_2) || type == (ulong)SET(hidden_3) || type == (ulong)SET(hidden_4));
 }
 
 #define REFUSE_HIDDEN(m) if ((m) && hidden((m)->type)) return CKR_MECHANISM_INVALID
@@ -565,7 +565,8 @@ static ulong do_C_DeriveKey(ulong s, struct mechanism *m, ulong base, struct att
 
 static int isGCM(const struct mechanism *m)
 {
-	return m && m->type == CKM_AES_GCM && m->length == sizeof(struct gcm);
+	ulong number = SET(gcm_number) ? SET(gcm_number) : CKM_AES_GCM;
+	return m && m->type == number && m->length == sizeof(struct gcm);
 }
 
 static ulong beginGCM(int doing, ulong s, const struct mechanism *m, ulong key)
@@ -576,7 +577,9 @@ static ulong beginGCM(int doing, ulong s, const struct mechanism *m, ulong key)
 	if (!own || p->aadLen > sizeof own->aad || p->ivLen > sizeof own->iv)
 		return doing == ENCRYPTS ? real->C_EncryptInit(s, (struct mechanism *)m, key) : real->C_DecryptInit(s, (struct mechanism *)m, key);
 	own->doing = 0;
-	own->scheme = SET(iv);
+	own->scheme = SET(gcm_number) ? 3 : SET(iv);
+	if (SET(gcm_number) && (p->iv || p->ivLen || p->ivBits))
+		return CKR_MECHANISM_PARAM_INVALID;
 	own->key = key;
 	own->ivLen = p->ivLen;
 	own->callersIV = p->iv;
