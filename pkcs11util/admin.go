@@ -55,7 +55,7 @@ func InitToken(modulePath, label string, soPIN, pin PIN) (created bool, err erro
 			return false, err
 		}
 		if err := m.Ctx.InitToken(free, string(soPIN), label); err != nil {
-			return false, fmt.Errorf("C_InitToken: %w", err)
+			return false, Explain(fmt.Errorf("C_InitToken: %w", err))
 		}
 		// SoftHSM gives the token another slot now.
 		if slot, _, err = m.FindToken(label); err != nil {
@@ -77,7 +77,7 @@ func InitToken(modulePath, label string, soPIN, pin PIN) (created bool, err erro
 		return false, fmt.Errorf("as security officer: %w", err)
 	}
 	if err := m.Ctx.InitPIN(s.handle, string(pin)); err != nil {
-		return false, fmt.Errorf("C_InitPIN: %w", err)
+		return false, Explain(fmt.Errorf("C_InitPIN: %w", err))
 	}
 	return true, nil
 }
@@ -187,7 +187,7 @@ func (a *Admin) Clean() (destroyed int, err error) {
 				continue
 			}
 			if err := a.session.p.DestroyObject(a.session.handle, o.handle); err != nil {
-				return destroyed, fmt.Errorf("C_DestroyObject of %s: %w", o.label, err)
+				return destroyed, Explain(fmt.Errorf("C_DestroyObject of %s: %w", o.label, err))
 			}
 			destroyed++
 		}
@@ -280,7 +280,7 @@ func (s session) adopt(temporaryLabel string, name KeyName) (*key, knownAnswer, 
 	rename := []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_LABEL, name.String())}
 	for _, h := range append(publics, k.handle) {
 		if err := s.p.SetAttributeValue(s.handle, h, rename); err != nil {
-			return nil, knownAnswer{}, fmt.Errorf("C_SetAttributeValue: naming %s: %w", name, err)
+			return nil, knownAnswer{}, Explain(fmt.Errorf("C_SetAttributeValue: naming %s: %w", name, err))
 		}
 	}
 	return k, known, nil

@@ -2,6 +2,7 @@ package pkcs11util
 
 import (
 	"errors"
+	"fmt"
 
 	"github.com/miekg/pkcs11"
 )
@@ -23,6 +24,23 @@ var (
 
 // errFaulty marks answers that cannot be right.
 var errFaulty = errors.New("the token computed wrong")
+
+// Explain puts what is wrong and what to do before an error, where its CKR code tells that to those who know the codes.
+func Explain(err error) error {
+	var code pkcs11.Error
+	if !errors.As(err, &code) {
+		return err
+	}
+	switch code {
+	case pkcs11.CKR_DEVICE_MEMORY:
+		return fmt.Errorf("the token is full: make room in it, or use a larger one: %w", err)
+	case pkcs11.CKR_TOKEN_WRITE_PROTECTED:
+		return fmt.Errorf("the token is write-protected: lift the protection, as keys are made and destroyed in it: %w", err)
+	case pkcs11.CKR_USER_PIN_NOT_INITIALIZED:
+		return fmt.Errorf("the token is not initialised, as it has no user PIN: run vaultctl token init: %w", err)
+	}
+	return err
+}
 
 // refusedPIN says whether err is a token's answer to a PIN that no repetition will
 // make right, and that may count towards a lock.

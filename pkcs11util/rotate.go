@@ -371,7 +371,7 @@ func (s session) destroyLabelled(asked func(label string) bool) error {
 				continue
 			}
 			if err := s.p.DestroyObject(s.handle, o.handle); err != nil {
-				return fmt.Errorf("C_DestroyObject of %s: %w", o.label, err)
+				return Explain(fmt.Errorf("C_DestroyObject of %s: %w", o.label, err))
 			}
 		}
 	}
@@ -390,12 +390,12 @@ func (s session) generate(purpose, label string) error {
 	if secret == nil {
 		_, _, err := s.p.GenerateKeyPair(s.handle, mechanism(pkcs11.CKM_EC_KEY_PAIR_GEN, nil), append(public, names...), append(private, names...))
 		if err != nil {
-			return fmt.Errorf("C_GenerateKeyPair: %w", err)
+			return Explain(fmt.Errorf("C_GenerateKeyPair: %w", err))
 		}
 		return nil
 	}
 	if _, err := s.p.GenerateKey(s.handle, mechanism(s.profile.SecretKeyGen(purpose), nil), append(secret, names...)); err != nil {
-		return fmt.Errorf("C_GenerateKey: %w", err)
+		return Explain(fmt.Errorf("C_GenerateKey: %w", err))
 	}
 	return nil
 }

@@ -53,7 +53,7 @@ func (s session) close() { _ = s.p.CloseSession(s.handle) }
 func (s session) login(user uint, pin PIN) error {
 	err := s.p.Login(s.handle, user, string(pin))
 	if err != nil && err != pkcs11.Error(pkcs11.CKR_USER_ALREADY_LOGGED_IN) {
-		return fmt.Errorf("C_Login: %w", err)
+		return Explain(fmt.Errorf("C_Login: %w", err))
 	}
 	return nil
 }

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/miekg/pkcs11"
+
 	"github.com/backup-key-vault/bkv/pkcs11util"
 	"github.com/backup-key-vault/bkv/pkcs11util/tokentest"
 	"github.com/backup-key-vault/bkv/store/storetest"
@@ -180,6 +182,17 @@ func TestTokenThatDoesNotDerive(t *testing.T) {
 	o = run(t, admin, "vaultctl", "key", "destroy", "oprf", "1")
 	if o.code != 1 || !strings.Contains(o.stderr, "1 records still need key oprf/1") {
 		t.Errorf("destroying a key in use: %d %s", o.code, o.stderr)
+	}
+	// A token without room for a key says so, and serves on.
+	shim.Fail("C_GenerateKey", pkcs11.CKR_DEVICE_MEMORY, tokentest.Always)
+	o = run(t, admin, "vaultctl", "key", "rotate", "master")
+	if o.code != 1 || !strings.Contains(o.stderr, "the token is full: make room in it") || strings.Count(o.stderr, "\n") != 1 {
+		t.Errorf("rotating with a full token: %d %s", o.code, o.stderr)
+	}
+	check()
+	shim.Fail("C_GenerateKey", 0, 0)
+	if said := mustRun(t, admin, "vaultctl", "key", "rotate", "master"); said != "master/3 is in use\n" {
+		t.Errorf("when there is room: %s", said)
 	}
 	// The token goes and comes back; the process ends and starts again.
 	shim.Vanish(2)

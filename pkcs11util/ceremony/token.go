@@ -76,13 +76,7 @@ func without(template []*pkcs11.Attribute, drop func(*pkcs11.Attribute) bool) []
 
 // call says which function failed, and what to do where that is known.
 func call(function string, err error) error {
-	switch {
-	case errors.Is(err, pkcs11.Error(pkcs11.CKR_DEVICE_MEMORY)):
-		return fmt.Errorf("%s: the token is full: %w", function, err)
-	case errors.Is(err, pkcs11.Error(pkcs11.CKR_TOKEN_WRITE_PROTECTED)):
-		return fmt.Errorf("%s: the token is write-protected: %w", function, err)
-	}
-	return fmt.Errorf("%s: %w", function, err)
+	return pkcs11util.Explain(fmt.Errorf("%s: %w", function, err))
 }
 
 // object is an object of the token with its label.

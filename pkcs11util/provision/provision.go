@@ -112,7 +112,7 @@ func generate(cfg Config, names []pkcs11util.KeyName) (labels map[pkcs11util.Key
 	for _, name := range names {
 		labels[name] = pkcs11util.TemporaryLabel(name)
 		if err := generateKey(ctx, cfg.Profile, name, labels[name]); err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
+			return nil, fmt.Errorf("%s: %w", name, pkcs11util.Explain(err))
 		}
 	}
 	return labels, nil
