@@ -33,6 +33,9 @@ type Config struct {
 	Profile Profile
 	// Logger hears of faults and recoveries. Default: nobody.
 	Logger *slog.Logger
+	// Observe hears of every call to the token, when it has ended, from many goroutines at once; it
+	// must return at once. Default: nobody.
+	Observe func(Call)
 }
 
 // closeTimeout is how long Close waits for running calls.
@@ -80,7 +83,8 @@ type Keyset struct {
 	stop  context.CancelFunc
 
 	recycleAt atomic.Int64 // so many session objects; 0: never
-	history   history      // the recovery's
+	counts    counts
+	history   history // the recovery's
 
 	mu         sync.Mutex // guards all below
 	connection *connection
@@ -256,7 +260,7 @@ func (c *connection) key(purpose string, generation uint32) (*key, error) {
 // in use. The result is bound to purpose, id and associated data, and opens with the same
 // of them only. A key that has sealed MaxSeals values is ErrWornOut.
 func (k *Keyset) Seal(ctx context.Context, purpose string, id [16]byte, plaintext, associated []byte) (sealed []byte, err error) {
-	err = k.call(ctx, func(s session, c *connection) error {
+	err = k.observed(ctx, OpSeal, func(s session, c *connection) error {
 		if !seals(purpose) {
 			return fmt.Errorf("sealing for %s: %w", purpose, ErrNoKey)
 		}
@@ -288,7 +292,7 @@ func (k *Keyset) Open(ctx context.Context, purpose string, id [16]byte, sealed, 
 	if err := k.seek(ctx, name); err != nil {
 		return nil, false, err
 	}
-	err = k.call(ctx, func(s session, c *connection) error {
+	err = k.observed(ctx, OpOpen, func(s session, c *connection) error {
 		key := c.keys[name]
 		if key == nil {
 			return nil
@@ -331,7 +335,7 @@ func (k *Keyset) Multiply(ctx context.Context, purpose string, generation uint32
 	if err := k.seek(ctx, KeyName{purpose, generation}); err != nil {
 		return product, err
 	}
-	err = k.call(ctx, func(s session, c *connection) error {
+	err = k.observed(ctx, OpMultiply, func(s session, c *connection) error {
 		key, err := c.key(purpose, generation)
 		if err != nil {
 			return err
@@ -378,7 +382,7 @@ func (k *Keyset) MAC(ctx context.Context, generation uint32, message []byte) (ma
 	if err := k.seek(ctx, KeyName{MAC, generation}); err != nil {
 		return mac, err
 	}
-	err = k.call(ctx, func(s session, c *connection) error {
+	err = k.observed(ctx, OpMAC, func(s session, c *connection) error {
 		key, err := c.key(MAC, generation)
 		if err != nil {
 			return err
@@ -395,7 +399,7 @@ func (k *Keyset) Sign(ctx context.Context, purpose string, generation uint32, di
 	if purpose != Identity && purpose != Audit {
 		return signature, fmt.Errorf("signing by %s: %w", purpose, ErrNoKey)
 	}
-	err = k.call(ctx, func(s session, c *connection) error {
+	err = k.observed(ctx, OpSign, func(s session, c *connection) error {
 		key, err := c.key(purpose, generation)
 		if err != nil {
 			return err
@@ -425,7 +429,7 @@ func (k *Keyset) Random(ctx context.Context, n int) (b []byte, err error) {
 	if n < 1 || n > maxRandomBytes {
 		return nil, fmt.Errorf("asked the token for %d random bytes: must be 1 to %d", n, maxRandomBytes)
 	}
-	err = k.call(ctx, func(s session, _ *connection) error {
+	err = k.observed(ctx, OpRandom, func(s session, _ *connection) error {
 		b, err = s.random(n)
 		return err
 	})
@@ -436,7 +440,7 @@ func (k *Keyset) Random(ctx context.Context, n int) (b []byte, err error) {
 // a question whose answer is known. An error means that the token is not fit for use at present; a fault
 // that was not known before starts the recovery.
 func (k *Keyset) Check(ctx context.Context) error {
-	return k.call(ctx, func(s session, c *connection) error { return c.probe(s) })
+	return k.observed(ctx, OpCheck, func(s session, c *connection) error { return c.probe(s) })
 }
 
 // Model says what the token is, by its own account, for the operator.

@@ -164,6 +164,7 @@ func (k *Keyset) mend(c *connection, s session, cause error) error {
 		if fresh, err := openSession(k.module, c.slot, 0); err == nil {
 			fresh = fresh.under(k.config.Profile)
 			if c.probe(fresh) == nil {
+				k.counts.sessionsReplaced.Add(1)
 				k.log.Warn("token session replaced", "error", cause)
 				c.put(fresh)
 				return cause
@@ -184,6 +185,7 @@ func (k *Keyset) giveUp(c *connection, cause error) error {
 	if !k.isCurrent(c) {
 		return cause // somebody else met a fault first, or the Keyset was closed
 	}
+	k.counts.lost.Add(1)
 	k.log.Error("token lost", "error", cause)
 	k.connection, k.down = nil, cause
 	close(c.gone)
@@ -234,6 +236,7 @@ func (k *Keyset) recover(ctx context.Context, lost *connection) {
 			}
 			return
 		}
+		k.counts.failed.Add(1)
 		k.log.Warn("token recovery failed", "error", err)
 		k.pause(ctx)
 	}
@@ -293,13 +296,19 @@ func (k *Keyset) reconnect(ctx context.Context) (*connection, error) {
 		return nil, err
 	}
 	c, err := k.connect(ctx)
+	if err == nil {
+		k.counts.loggedIn.Add(1)
+	}
 	if err == nil || errors.Is(err, ErrPINRefused) || ctx.Err() != nil {
 		return c, err
 	}
 	if err := k.module.Reinitialise(ctx, incarnation); err != nil {
 		return nil, err
 	}
-	return k.connect(ctx)
+	if c, err = k.connect(ctx); err == nil {
+		k.counts.reinitialised.Add(1)
+	}
+	return c, err
 }
 
 // discard closes the sessions of a connection that is not in use any more, if

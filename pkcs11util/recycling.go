@@ -73,9 +73,11 @@ func (k *Keyset) recycle(ctx context.Context, c *connection, after func()) (lost
 		next, err = k.connect(ctx)
 	}
 	if err == nil {
+		k.counts.recycled.Add(1)
 		k.log.Info("PKCS#11 module recycled", "session_objects", objects)
 	} else if ctx.Err() == nil {
 		err = fmt.Errorf("initialising the PKCS#11 module anew: %w", err)
+		k.counts.lost.Add(1)
 		k.log.Error("token lost", "error", err)
 	}
 	return !k.settle(next, err)

@@ -228,7 +228,7 @@ func (k *Keyset) seek(ctx context.Context, name KeyName) error {
 func (k *Keyset) Look(ctx context.Context) error {
 	k.changes.Lock()
 	defer k.changes.Unlock()
-	return k.call(ctx, func(s session, c *connection) error {
+	return k.observed(ctx, OpLook, func(s session, c *connection) error {
 		keys, err := s.findKeys(k.module)
 		if err != nil {
 			return err
@@ -286,7 +286,7 @@ func (k *Keyset) MakeKey(ctx context.Context, purpose string, generation uint32)
 	}
 	k.changes.Lock()
 	defer k.changes.Unlock()
-	return k.change(ctx, func(s session, c *connection) error {
+	return k.change(ctx, OpMakeKey, func(s session, c *connection) error {
 		if c.keys[name] != nil {
 			return nil
 		}
@@ -314,7 +314,7 @@ func (k *Keyset) DestroyKey(ctx context.Context, purpose string, generation uint
 	name := KeyName{purpose, generation}
 	k.changes.Lock()
 	defer k.changes.Unlock()
-	err := k.change(ctx, func(s session, c *connection) error {
+	err := k.change(ctx, OpDestroyKey, func(s session, c *connection) error {
 		if c.newest[purpose] == generation {
 			return fmt.Errorf("%s: %w", name, ErrInUse)
 		}
@@ -346,8 +346,8 @@ func (k *Keyset) DestroyKey(ctx context.Context, purpose string, generation uint
 var keyClasses = []uint{pkcs11.CKO_SECRET_KEY, pkcs11.CKO_PRIVATE_KEY, pkcs11.CKO_PUBLIC_KEY}
 
 // change runs f with a session of its own that may write, and nobody else at the token's objects.
-func (k *Keyset) change(ctx context.Context, f func(s session, c *connection) error) error {
-	return k.call(ctx, func(_ session, c *connection) error {
+func (k *Keyset) change(ctx context.Context, op Operation, f func(s session, c *connection) error) error {
+	return k.observed(ctx, op, func(_ session, c *connection) error {
 		s, err := openSession(k.module, c.slot, pkcs11.CKF_RW_SESSION)
 		if err != nil {
 			return err
