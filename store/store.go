@@ -93,6 +93,25 @@ func milliseconds(d time.Duration) string { return strconv.FormatInt(max(1, d.Mi
 // Close waits for running statements and closes all connections.
 func (s *Store) Close() { s.pool.Close() }
 
+// Stats is how the pool of connections fares. The counts begin with Open.
+type Stats struct {
+	// Max connections may be open; Open are, and InUse of them run a statement.
+	Max, Open, InUse int
+	// Acquired counts how often a connection was taken, Waited how often of these one had to be waited
+	// for or made, and WaitedFor how long all that took. GaveUp counts those who got none in time.
+	Acquired, Waited, GaveUp int64
+	WaitedFor                time.Duration
+}
+
+// Stats answers from memory.
+func (s *Store) Stats() Stats {
+	p := s.pool.Stat()
+	return Stats{
+		Max: int(p.MaxConns()), Open: int(p.TotalConns()), InUse: int(p.AcquiredConns()),
+		Acquired: p.AcquireCount(), Waited: p.EmptyAcquireCount(), GaveUp: p.CanceledAcquireCount(), WaitedFor: p.EmptyAcquireWaitTime(),
+	}
+}
+
 // Ping reports whether Postgres answers.
 func (s *Store) Ping(ctx context.Context) error {
 	return s.with(ctx, "asking whether the database answers", func(ctx context.Context, conn *pgx.Conn) error {

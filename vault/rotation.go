@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -91,6 +92,8 @@ type Rotation struct {
 	log      *slog.Logger
 	config   RotationConfig
 	instance string // this one, in leases
+
+	moved, unmoved atomic.Uint64 // accounts, by Rewrap here
 
 	operator sync.Mutex    // held by Rotate and Destroy: one at a time
 	wake     chan struct{} // a rewrap may be due
@@ -802,11 +805,67 @@ func (r *Rotation) rewrapTo(ctx context.Context, key Key) error {
 			return nil
 		}
 	})
+	r.moved.Add(uint64(moved))
+	r.unmoved.Add(uint64(failed))
 	r.log.InfoContext(ctx, "rewrapped", "moved", moved, "failed", failed)
 	if errors.As(err, &refused) {
 		return nil
 	}
 	return err
+}
+
+// KeyOverview is what can be said of the keys at any time, at little cost.
+type KeyOverview struct {
+	KeyTable
+	// RewrapLeft is how many records and rows are under older keys than those in use.
+	RewrapLeft int64
+	// OldestUncovered is as in KeyStatus.
+	OldestUncovered time.Time
+	// Moved and Unmoved count the accounts that this instance rewrapped, and those that it could not, since it was
+	// started; a rewrap counts when it ends.
+	Moved, Unmoved uint64
+}
+
+// Overview reads the table of keys and counts what is left to rewrap, while something is. It takes time in proportion to that.
+//
+// Errors: ErrStoreUnavailable.
+func (r *Rotation) Overview(ctx context.Context) (*KeyOverview, error) {
+	table, err := r.read(ctx)
+	if err != nil {
+		return nil, err
+	}
+	o := &KeyOverview{KeyTable: *table, Moved: r.moved.Load(), Unmoved: r.unmoved.Load()}
+	for _, purpose := range []string{purposeMaster, purposeMAC} {
+		current := table.Current(purpose)
+		if current == nil || !current.RewrappedAt.IsZero() {
+			continue
+		}
+		left, err := r.dependentsOfOlder(ctx, table, current.Key)
+		if err != nil {
+			return nil, err
+		}
+		o.RewrapLeft += left
+	}
+	if o.OldestUncovered, err = r.oldestUncovered(ctx, table); err != nil {
+		return nil, err
+	}
+	return o, nil
+}
+
+// oldestUncovered is when the first record was destroyed at a time when a master key that still exists was in use, or had been.
+func (r *Rotation) oldestUncovered(ctx context.Context, table *KeyTable) (time.Time, error) {
+	var since time.Time // when the first master key that still exists came into use
+	for i := range table.Keys {
+		g := &table.Keys[i]
+		if g.State != KeyDestroyed && g.Purpose == purposeMaster && !g.CurrentSince.IsZero() && (since.IsZero() || g.CurrentSince.Before(since)) {
+			since = g.CurrentSince
+		}
+	}
+	oldest, err := r.store.OldestDestruction(ctx, since)
+	if err != nil {
+		return time.Time{}, storeFault("looking for the oldest destruction", err)
+	}
+	return oldest, nil
 }
 
 // KeyStatus is what operators see of the keys.
@@ -845,14 +904,10 @@ func (r *Rotation) Status(ctx context.Context) (*KeyStatus, error) {
 		return nil, storeFault("counting what depends on keys", err)
 	}
 	s := &KeyStatus{Now: table.Now, Token: r.token.Serial(), Tokens: table.tokens(), Warnings: slices.Clone(r.config.Warnings)}
-	var since time.Time // when the first master key that still exists came into use
 	for i := range table.Keys {
 		g := table.Keys[i]
 		report := KeyReport{KeyGeneration: g, Dependents: dependents[g.Key], Proven: r.holds(g.Key)}
 		s.Keys = append(s.Keys, report)
-		if g.State != KeyDestroyed && g.Purpose == purposeMaster && !g.CurrentSince.IsZero() && (since.IsZero() || g.CurrentSince.Before(since)) {
-			since = g.CurrentSince
-		}
 		if current := table.Current(g.Purpose); rewrapped(g.Purpose) && current != nil && g.Generation < current.Generation {
 			s.RewrapLeft += report.Dependents
 		}
@@ -869,8 +924,8 @@ func (r *Rotation) Status(ctx context.Context) (*KeyStatus, error) {
 			s.Warnings = append(s.Warnings, fmt.Sprintf("%d records need key %v, which is destroyed: they are lost (was an older database restored?)", report.Dependents, g.Key))
 		}
 	}
-	if s.OldestUncovered, err = r.store.OldestDestruction(ctx, since); err != nil {
-		return nil, storeFault("looking for the oldest destruction", err)
+	if s.OldestUncovered, err = r.oldestUncovered(ctx, table); err != nil {
+		return nil, err
 	}
 	return s, nil
 }

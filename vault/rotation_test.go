@@ -90,6 +90,18 @@ func (n *node) status(t testing.TB) *vault.KeyStatus {
 	if err != nil {
 		t.Fatal(err)
 	}
+	overview, err := n.rotation.Overview(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(overview.Keys) != len(status.Keys) || !overview.OldestUncovered.Equal(status.OldestUncovered) {
+		t.Errorf("the overview has %d keys and the oldest uncovered destruction %v, the status %d and %v",
+			len(overview.Keys), overview.OldestUncovered, len(status.Keys), status.OldestUncovered)
+	}
+	// Only a rewrap may have come between.
+	if overview.RewrapLeft > status.RewrapLeft {
+		t.Errorf("the overview has %d records left to rewrap, the status had %d", overview.RewrapLeft, status.RewrapLeft)
+	}
 	return status
 }
 

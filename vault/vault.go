@@ -33,7 +33,7 @@ import (
 	"time"
 )
 
-// Config is what a Vault is made of. All fields are required but Context, Random and Log.
+// Config is what a Vault is made of. All fields are required but Context, Random, Log and Observer.
 type Config struct {
 	// ID is the vault's id: OPAQUE's server identity, the audience of tokens, and
 	// part of everything that is sealed or signed. It can never change.
@@ -47,7 +47,23 @@ type Config struct {
 	Random io.Reader
 	// Log gets what nobody else reports: rows that fail their MAC. Default: nothing.
 	Log *slog.Logger
+	// Observer hears what this Vault does. Default: nobody.
+	Observer Observer
 }
+
+// Observer counts. Its methods are called from many goroutines at once and must return at once.
+type Observer interface {
+	// Recorded is called after an event was written. An event whose write was answered with a fault is not
+	// reported, although it may be there: the table of events is the record, and this a sign of life.
+	Recorded(EventKind, Reason)
+	// AccountFault is called for a row that the vault did not write.
+	AccountFault()
+}
+
+type noObserver struct{}
+
+func (noObserver) Recorded(EventKind, Reason) {}
+func (noObserver) AccountFault()              {}
 
 // Vault is the service, without its transport.
 type Vault struct {
@@ -57,6 +73,7 @@ type Vault struct {
 	token   Token
 	random  io.Reader
 	log     *slog.Logger
+	observe Observer
 }
 
 // New checks the configuration. It calls neither store nor token.
@@ -70,12 +87,15 @@ func New(c Config) (*Vault, error) {
 	if c.Store == nil || c.Token == nil {
 		return nil, errors.New("a vault needs a store and a token")
 	}
-	v := &Vault{id: c.ID, context: c.Context, store: c.Store, token: c.Token, random: c.Random, log: c.Log}
+	v := &Vault{id: c.ID, context: c.Context, store: c.Store, token: c.Token, random: c.Random, log: c.Log, observe: c.Observer}
 	if v.random == nil {
 		v.random = rand.Reader
 	}
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)
+	}
+	if v.observe == nil {
+		v.observe = noObserver{}
 	}
 	return v, nil
 }
@@ -123,6 +143,7 @@ func (v *Vault) read(ctx context.Context, id AccountID) (*Account, time.Time, er
 
 // accountFault reports a row that the vault did not write.
 func (v *Vault) accountFault(ctx context.Context, a *Account, what string) error {
+	v.observe.AccountFault()
 	v.log.ErrorContext(ctx, "account fault", "tenant", a.ID.Tenant,
 		"pseudonym", fmt.Sprintf("%x", a.Pseudonym[:8]), "what", what)
 	return fmt.Errorf("%w: %s", ErrAccountFault, what)
@@ -224,7 +245,12 @@ func (v *Vault) write(ctx context.Context, e *edit) error {
 	}
 	var closing *ClosingKey
 	switch err := v.store.Write(ctx, change); {
-	case err == nil, errors.Is(err, ErrStale):
+	case err == nil:
+		for i := range e.events {
+			v.observe.Recorded(e.events[i].Kind, e.events[i].Reason)
+		}
+		return nil
+	case errors.Is(err, ErrStale):
 		return err
 	case errors.As(err, &closing) && (closing.Key.Purpose == purposeOPRF || closing.Key.Purpose == purposeServer):
 		return &Conflict{Reason: "the vault's keys changed since this enrolment started; start it again"}

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -34,9 +35,24 @@ type Config struct {
 	RequestTimeout time.Duration
 	// Log gets one record for each request. Required.
 	Log *slog.Logger
+	// Observe hears of each request, when it has been answered, from many goroutines at once; it must
+	// return at once. Default: nobody.
+	Observe func(Exchange)
 	// Now is the clock for tokens, limits and caches; default time.Now. Attempts and
 	// delays go by the database's clock instead.
 	Now func() time.Time
+}
+
+// Exchange is a request and what became of it, for Config.Observe. All of it but Tenant is of
+// a few values, none of which a client chooses.
+type Exchange struct {
+	Route  string // the pattern, as OpenAPI has it; empty if there is no such path
+	Method string // empty if it is none that any route has
+	Status int    // StatusClientGone: nobody was there to receive it
+	// Problem is the problem's name, without api.ProblemPrefix; empty: success.
+	Problem string
+	Tenant  string // empty if it was not authenticated
+	Took    time.Duration
 }
 
 // DefaultRequestTimeout is Config.RequestTimeout's default.
@@ -64,7 +80,7 @@ func New(c Config) (http.Handler, error) {
 		}
 	}
 	s := &server{
-		vault: c.Vault, log: c.Log, timeout: c.RequestTimeout, now: c.Now,
+		vault: c.Vault, log: c.Log, observe: c.Observe, timeout: c.RequestTimeout, now: c.Now,
 		authority: newAuthority(&keyring{source: c.Tenants, now: c.Now, log: c.Log}, c.VaultID, c.Now),
 		perUser:   newLimiter[vault.AccountID](c.Limits.EnrolmentsPerUser, c.Now),
 		perTenant: newLimiter[string](c.Limits.EnrolmentsPerTenant, c.Now),
@@ -86,6 +102,7 @@ func New(c Config) (http.Handler, error) {
 type server struct {
 	vault     *vault.Vault
 	log       *slog.Logger
+	observe   func(Exchange)
 	timeout   time.Duration
 	now       func() time.Time
 	authority *authority
@@ -130,7 +147,11 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 				s.refuse(w, x, refuse(api.Internal, "the instance of this problem is the request id under which the vault logged it"))
 			}
 		}
-		s.logExchange(r.Method, x, time.Since(began))
+		took := time.Since(began)
+		s.logExchange(r.Method, x, took)
+		if s.observe != nil {
+			s.observe(x.observed(r.Method, took))
+		}
 	}()
 
 	ctx, cancel := context.WithTimeout(context.WithValue(x.client, exchangeKey{}, x), s.timeout)
@@ -142,6 +163,23 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	route.RoutePath = r.URL.EscapedPath()
 	s.router.ServeHTTP(w, r.WithContext(context.WithValue(ctx, chi.RouteCtxKey, route)))
 }
+
+func (x *exchange) observed(method string, took time.Duration) Exchange {
+	out := Exchange{Route: x.route, Status: x.status, Tenant: x.tenant, Took: took}
+	if slices.Contains(methods, method) {
+		out.Method = method
+	}
+	if r := x.refused; r != nil {
+		out.Problem = strings.TrimPrefix(r.problem.Type, api.ProblemPrefix)
+		if r.gone {
+			out.Status = StatusClientGone
+		}
+	}
+	return out
+}
+
+// methods are those that any route has.
+var methods = []string{http.MethodGet, http.MethodPost, http.MethodPut, http.MethodDelete}
 
 func (s *server) logExchange(method string, x *exchange, took time.Duration) {
 	level, status := slog.LevelInfo, x.status
@@ -158,7 +196,7 @@ func (s *server) logExchange(method string, x *exchange, took time.Duration) {
 		attrs = append(attrs, slog.String("problem", strings.TrimPrefix(r.problem.Type, api.ProblemPrefix)))
 		switch {
 		case r.gone:
-			status = statusClientGone
+			status = StatusClientGone
 		case status >= http.StatusInternalServerError:
 			if level = slog.LevelError; status == http.StatusServiceUnavailable {
 				level = slog.LevelWarn
@@ -171,9 +209,9 @@ func (s *server) logExchange(method string, x *exchange, took time.Duration) {
 	s.log.LogAttrs(x.client, level, "request", append(attrs, slog.Int("status", status))...)
 }
 
-// statusClientGone is logged for a request whose client left before the answer; nobody
+// StatusClientGone is logged for a request whose client left before the answer; nobody
 // receives it.
-const statusClientGone = 499
+const StatusClientGone = 499
 
 // answer writes a success. It is marshalled before anything is written.
 func (s *server) answer(w http.ResponseWriter, x *exchange, out any) {
@@ -197,7 +235,7 @@ func write(w http.ResponseWriter, x *exchange, status int, mediaType string, bod
 func (s *server) noRoute(w http.ResponseWriter, r *http.Request) {
 	x := exchangeOf(r.Context())
 	var allowed []string
-	for _, method := range []string{http.MethodGet, http.MethodPost, http.MethodPut, http.MethodDelete} {
+	for _, method := range methods {
 		if pattern := s.router.Find(chi.NewRouteContext(), method, r.URL.EscapedPath()); pattern != "" {
 			allowed = append(allowed, method)
 			x.route = pattern

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -422,6 +423,39 @@ func TestAdmin(t *testing.T) {
 
 	if _, err := httpapi.NewAdmin(nil); err == nil {
 		t.Error("no log: accepted")
+	}
+}
+
+// Each request is observed once, by its route's pattern and what was answered, and by nothing that its client chose.
+func TestObserve(t *testing.T) {
+	var seen []httpapi.Exchange
+	s := newService(t, func(c *httpapi.Config) { c.Observe = func(x httpapi.Exchange) { seen = append(seen, x) } })
+	s.call("GET", "ann", "", nil)
+	s.send(httptest.NewRequest("GET", "/v1/vault", nil))
+	s.send(httptest.NewRequest("FROBNICATE", "/nowhere/ann", nil))
+	bad := s.newRequest("GET", pathOf("ann", ""), "ann", nil)
+	bad.Header.Set("Authorization", "Bearer e30.e30.e30")
+	s.send(bad)
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	s.send(s.newRequest("GET", pathOf("ann", ""), "ann", nil).WithContext(gone))
+	for i := range seen {
+		if seen[i].Took <= 0 {
+			t.Errorf("%+v took no time", seen[i])
+		}
+		seen[i].Took = 0
+	}
+	want := []httpapi.Exchange{
+		{Route: "/v1/users/{user}/backup-key", Method: "GET", Status: 404, Problem: "not-enrolled", Tenant: tenant},
+		{Route: "/v1/vault", Method: "GET", Status: 200},
+		{Status: 404, Problem: "not-found"},
+		{Route: "/v1/users/{user}/backup-key", Method: "GET", Status: 401, Problem: "unauthenticated"},
+	}
+	if len(seen) != 5 || !slices.Equal(seen[:4], want) {
+		t.Errorf("observed %+v", seen)
+	}
+	if last := seen[len(seen)-1]; last.Status != 404 && last.Status != httpapi.StatusClientGone {
+		t.Errorf("a client that left: %+v", last)
 	}
 }
 
