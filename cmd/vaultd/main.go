@@ -16,6 +16,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
 	"github.com/backup-key-vault/bkv/api"
 	"github.com/backup-key-vault/bkv/cmd/internal/commandline"
 	"github.com/backup-key-vault/bkv/migrations"
@@ -72,7 +74,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	token.Sessions, token.Logger = c.Sessions, log
+	m := newMetrics()
+	token.Sessions, token.Logger, token.Observe = c.Sessions, log, m.call
 	keys, err := pkcs11util.Open(ctx, token)
 	if err != nil {
 		return fmt.Errorf("opening the token: %w", err)
@@ -83,7 +86,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		}
 	}()
 
-	v, err := vault.New(vault.Config{ID: c.VaultID, Context: []byte(c.Context), Store: db, Token: keys, Log: log})
+	v, err := vault.New(vault.Config{ID: c.VaultID, Context: []byte(c.Context), Store: db, Token: keys, Log: log, Observer: m})
 	if err != nil {
 		return err
 	}
@@ -111,7 +114,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return err
 	}
 	warn(log, keys)
-	return serve(ctx, &c, log, v, rotation, sequencer, keys, db, identity)
+	m.watchToken(keys.Stats)
+	m.watchStore(db.Stats)
+	return serve(ctx, &c, log, m, v, rotation, sequencer, keys, db, identity)
 }
 
 // warn says at every start what this deployment does not protect against.
@@ -125,9 +130,9 @@ func warn(log *slog.Logger, keys *pkcs11util.Keyset) {
 	log.Warn("no witness keeps a second record of the attempts: whoever can replay old rows of the database has unlimited guesses")
 }
 
-func serve(ctx context.Context, c *config, log *slog.Logger, v *vault.Vault, rotation *vault.Rotation, sequencer *vault.Sequencer, keys *pkcs11util.Keyset, db *store.Store, identity *vault.Identity) error {
+func serve(ctx context.Context, c *config, log *slog.Logger, m *metrics, v *vault.Vault, rotation *vault.Rotation, sequencer *vault.Sequencer, keys *pkcs11util.Keyset, db *store.Store, identity *vault.Identity) error {
 	public, err := httpapi.New(httpapi.Config{
-		Vault: v, VaultID: c.VaultID, Tenants: db, Log: log,
+		Vault: v, VaultID: c.VaultID, Tenants: db, Log: log, Observe: m.exchange,
 		Limits: httpapi.Limits{
 			EnrolmentsPerUser:   httpapi.RateLimit{PerSecond: float64(c.EnrolmentsPerUser) / 3600, Burst: c.EnrolmentsPerUser},
 			EnrolmentsPerTenant: httpapi.RateLimit{PerSecond: float64(c.EnrolmentsPerTenant), Burst: 2 * c.EnrolmentsPerTenant},
@@ -151,6 +156,7 @@ func serve(ctx context.Context, c *config, log *slog.Logger, v *vault.Vault, rot
 	admin.Handle("/", health)
 	admin.Handle("/keys/", httpapi.NewKeyAdmin(log, rotation))
 	admin.Handle("/audit/", httpapi.NewAuditAdmin(sequencer))
+	admin.Handle("GET /metrics", m.handler(log))
 
 	publicListener, err := net.Listen("tcp", c.Listen)
 	if err != nil {
@@ -163,7 +169,7 @@ func serve(ctx context.Context, c *config, log *slog.Logger, v *vault.Vault, rot
 	}
 	defer adminListener.Close()
 
-	servers := []*http.Server{newServer(until(stopping, public), log), newServer(admin, log)}
+	servers := []*http.Server{newServer(until(stopping, promhttp.InstrumentHandlerInFlight(m.inFlight, public)), log), newServer(admin, log)}
 	failed := make(chan error, len(servers))
 	for i, listener := range []net.Listener{publicListener, adminListener} {
 		go func() { failed <- servers[i].Serve(listener) }()
@@ -173,7 +179,10 @@ func serve(ctx context.Context, c *config, log *slog.Logger, v *vault.Vault, rot
 	rotationCtx, stopRotation := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopRotation()
 	var sweeper sync.WaitGroup
-	sweeper.Go(func() { sweep(sweepCtx, v, c.Sweep, log) })
+	watch := &watcher{overview: rotation.Overview, log: log}
+	m.watchKeys(watch)
+	sweeper.Go(func() { watch.run(sweepCtx) })
+	sweeper.Go(func() { sweep(sweepCtx, v, c.Sweep, log, m) })
 	sweeper.Go(func() { rotation.Run(rotationCtx) })
 	sweeper.Go(func() { sequencer.Run(rotationCtx) })
 	log.Info("serving", "vault_id", c.VaultID, "fingerprint", identity.Fingerprint.String(),
@@ -238,7 +247,7 @@ func newServer(h http.Handler, log *slog.Logger) *http.Server {
 }
 
 // sweep destroys what is due, every interval, until ctx is over.
-func sweep(ctx context.Context, v *vault.Vault, every time.Duration, log *slog.Logger) {
+func sweep(ctx context.Context, v *vault.Vault, every time.Duration, log *slog.Logger, m *metrics) {
 	ticker := time.NewTicker(every)
 	defer ticker.Stop()
 	for {
@@ -248,6 +257,9 @@ func sweep(ctx context.Context, v *vault.Vault, every time.Duration, log *slog.L
 		case <-ticker.C:
 		}
 		swept, err := v.Sweep(ctx)
+		if ctx.Err() == nil {
+			m.sweep(swept, err)
+		}
 		if swept > 0 {
 			log.Info("swept", "accounts", swept)
 		}
