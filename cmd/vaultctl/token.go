@@ -2,8 +2,13 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/base64"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/backup-key-vault/bkv/cmd/internal/settings"
@@ -15,6 +20,7 @@ import (
 type tokenCommand struct {
 	Init     tokenInitCommand  `cmd:"" help:"Make the token, if it is not there, and its keys. Run it while vaultd does not run. It can be repeated: it keeps the keys that are there and makes those that are missing."`
 	Check    tokenCheckCommand `cmd:"" help:"Find out whether the token can do the vault's work, on keys of its own that it destroys again. Run it before anything depends on the token, and not beside vaultd. Exit status 0: usable; 1: not."`
+	PIN      tokenPINCommand   `cmd:"" name:"pin" help:"Change the token's user PIN. Run it while vaultd does not run. After an error it can be repeated: the token has either PIN, and both files are kept."`
 	Ceremony ceremonyCommand   `cmd:"" help:"Put one set of keys into the tokens of several sites, so that what is enrolled at one recovers at all."`
 }
 
@@ -87,4 +93,85 @@ func (c *identityCommand) Run(e *environment) error {
 		return err
 	}
 	return e.printf("%s\n", transcript.FingerprintOf(c.VaultID, key[:]))
+}
+
+type tokenPINCommand struct {
+	Token    settings.Token `embed:"" prefix:"token-"`
+	New      string         `name:"new-pin-file" required:"" placeholder:"FILE" help:"File that holds the new PIN."`
+	Generate bool           `help:"If there is no such file, make it, with a random PIN of 32 characters."`
+	Replace  bool           `help:"At the end, move the new file to the place of --token-pin-file."`
+}
+
+func (c *tokenPINCommand) Run(e *environment) error {
+	if err := errors.Join(c.Token.Problems()...); err != nil {
+		return err
+	}
+	token, err := c.Token.Config()
+	if err != nil {
+		return err
+	}
+	if c.Generate {
+		if err := generatePIN(c.New); err != nil {
+			return err
+		}
+	}
+	to, err := pkcs11util.ReadPIN(c.New)
+	if err != nil {
+		return err
+	}
+	changed, err := pkcs11util.ChangePIN(token, to)
+	if err != nil && changed {
+		return fmt.Errorf("%w; keep both files: the token has the old PIN or the new one", err)
+	}
+	if err != nil {
+		return err
+	}
+	did := "has a new PIN"
+	if !changed {
+		did = "has the new PIN already"
+	}
+	if !c.Replace {
+		return e.printf("token %q %s; before vaultd starts, move %s to the place of %s\n", c.Token.Label, did, c.New, c.Token.PINFile)
+	}
+	if err := replace(c.New, c.Token.PINFile); err != nil {
+		return fmt.Errorf("token %q %s, which lies in %s: move it to the place of %s, or vaultd cannot log in: %w", c.Token.Label, did, c.New, c.Token.PINFile, err)
+	}
+	return e.printf("token %q %s, and so has %s\n", c.Token.Label, did, c.Token.PINFile)
+}
+
+// generatePIN makes a file with a random PIN, unless there is one: an earlier run may have
+// given the token the PIN that it holds.
+func generatePIN(file string) error {
+	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, fs.ErrExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("making the new PIN file: %w", err)
+	}
+	var random [24]byte
+	_, _ = rand.Read(random[:]) // crypto/rand never fails: it ends the process first
+	_, err = f.WriteString(base64.RawURLEncoding.EncodeToString(random[:]) + "\n")
+	// It has to be on the disk before the token gets it.
+	if err := errors.Join(err, f.Sync(), f.Close(), syncDirectory(file)); err != nil {
+		return errors.Join(fmt.Errorf("making the new PIN file: %w", err), os.Remove(file))
+	}
+	return nil
+}
+
+// replace moves a file over another, durably.
+func replace(from, to string) error {
+	if err := os.Rename(from, to); err != nil {
+		return err
+	}
+	return syncDirectory(to)
+}
+
+// syncDirectory makes the name of a file durable.
+func syncDirectory(file string) error {
+	dir, err := os.Open(filepath.Dir(file))
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
 }
