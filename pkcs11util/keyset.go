@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"filippo.io/nistec"
+
 	"github.com/backup-key-vault/bkv/pkcs11util/internal/module"
 )
 
@@ -362,6 +364,31 @@ func (k *Keyset) Multiply(ctx context.Context, purpose string, generation uint32
 		return nil
 	})
 	return product, err
+}
+
+// DeriveX returns x(k·P), the shared secret of ECDH (SEC 1 version 2.0, section 3.3.1), for the key k of purpose
+// (Relay) and an uncompressed point P. What is no point is ErrInvalidPoint, before the token sees it. It is one derive, where
+// Multiply is two: the result was not checked against the key's public half, so what is made with it must
+// be authenticated.
+func (k *Keyset) DeriveX(ctx context.Context, purpose string, generation uint32, point [65]byte) (x [32]byte, err error) {
+	if purpose != Relay {
+		return x, fmt.Errorf("deriving by %s: %w", purpose, ErrNoKey)
+	}
+	if _, err := nistec.NewP256Point().SetBytes(point[:]); err != nil {
+		return x, ErrInvalidPoint
+	}
+	if err := k.seek(ctx, KeyName{purpose, generation}); err != nil {
+		return x, err
+	}
+	err = k.call(ctx, func(s session, c *connection) error {
+		key, err := c.key(purpose, generation)
+		if err != nil {
+			return err
+		}
+		x, err = s.x(key, point[:])
+		return err
+	})
+	return x, err
 }
 
 // PublicKey returns the compressed public half of an EC key, from memory. It answers while the

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/ecdh"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -672,5 +673,42 @@ func TestClose(t *testing.T) {
 	}
 	if err := other.Check(ctx); err != nil {
 		t.Errorf("closing one Keyset broke another on the same token: %v", err)
+	}
+}
+
+func TestDeriveXAgainstSoftware(t *testing.T) {
+	t.Parallel()
+	scalar, err := ecdh.P256().GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tok := tokentest.Import(t, map[string][32]byte{pkcs11util.Relay: [32]byte(scalar.Bytes())})
+	for range 20 {
+		peer, err := ecdh.P256().GenerateKey(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want, err := scalar.ECDH(peer.PublicKey())
+		if err != nil {
+			t.Fatal(err)
+		}
+		x, err := tok.DeriveX(t.Context(), pkcs11util.Relay, 1, [65]byte(peer.PublicKey().Bytes()))
+		if err != nil || !bytes.Equal(x[:], want) {
+			t.Fatalf("%x, %v; want %x", x, err, want)
+		}
+	}
+	var point [65]byte
+	if _, err := tok.DeriveX(t.Context(), pkcs11util.Relay, 1, point); !errors.Is(err, pkcs11util.ErrInvalidPoint) {
+		t.Errorf("what is no point: %v", err)
+	}
+	copy(point[:], scalar.PublicKey().Bytes())
+	for _, name := range []pkcs11util.KeyName{{Purpose: pkcs11util.Relay, Generation: 9}, {Purpose: pkcs11util.OPRF, Generation: 1}, {Purpose: pkcs11util.Server, Generation: 1}} {
+		if _, err := tok.DeriveX(t.Context(), name.Purpose, name.Generation, point); !errors.Is(err, pkcs11util.ErrNoKey) {
+			t.Errorf("%v: %v", name, err)
+		}
+	}
+	point[64] ^= 1
+	if _, err := tok.DeriveX(t.Context(), pkcs11util.Relay, 1, point); !errors.Is(err, pkcs11util.ErrInvalidPoint) {
+		t.Errorf("a point off the curve: %v", err)
 	}
 }
