@@ -35,10 +35,12 @@ var (
 
 // TenantRecord is a tenant as operators see it.
 type TenantRecord struct {
-	ID        string
-	Policy    vault.Policy
-	CreatedAt time.Time
-	Keys      []TenantKeyRecord // by age
+	ID     string
+	Policy vault.Policy
+	// DirectEnrolment says that enrolments are taken past the relay channel too.
+	DirectEnrolment bool
+	CreatedAt       time.Time
+	Keys            []TenantKeyRecord // by age
 }
 
 // TenantKeyRecord is a tenant's key, revoked ones included.
@@ -49,7 +51,7 @@ type TenantKeyRecord struct {
 }
 
 const listTenants = `
-SELECT t.id, t.max_attempts, t.delays, t.grace, t.created_at,
+SELECT t.id, t.max_attempts, t.delays, t.grace, t.direct_enrolment, t.created_at,
 	k.kid, k.public_key, k.created_at, k.revoked_at
 FROM tenants AS t LEFT JOIN tenant_keys AS k ON k.tenant = t.id
 ORDER BY t.id, k.created_at, k.kid`
@@ -70,7 +72,7 @@ func (s *Store) ListTenants(ctx context.Context) ([]TenantRecord, error) {
 				publicKey          []byte
 				created, revokedAt *time.Time
 			)
-			if err := rows.Scan(&t.ID, &t.Policy.MaxAttempts, &t.Policy.Delays, &t.Policy.Grace, &t.CreatedAt,
+			if err := rows.Scan(&t.ID, &t.Policy.MaxAttempts, &t.Policy.Delays, &t.Policy.Grace, &t.DirectEnrolment, &t.CreatedAt,
 				&kid, &publicKey, &created, &revokedAt); err != nil {
 				return err
 			}
@@ -107,7 +109,7 @@ func (s *Store) Tenants(ctx context.Context) ([]vault.Tenant, error) {
 	}
 	tenants := make([]vault.Tenant, len(records))
 	for i, r := range records {
-		tenants[i] = vault.Tenant{ID: r.ID, Policy: r.Policy}
+		tenants[i] = vault.Tenant{ID: r.ID, Policy: r.Policy, DirectEnrolment: r.DirectEnrolment}
 		for _, k := range r.Keys {
 			if k.RevokedAt.IsZero() {
 				tenants[i].Keys = append(tenants[i].Keys, k.TenantKey)
@@ -119,7 +121,7 @@ func (s *Store) Tenants(ctx context.Context) ([]vault.Tenant, error) {
 
 const addTenant = `
 WITH tenant AS (
-	INSERT INTO tenants (id, max_attempts, delays, grace) VALUES ($1, $2, $3, $4)
+	INSERT INTO tenants (id, max_attempts, delays, grace, direct_enrolment) VALUES ($1, $2, $3, $4, $10)
 	ON CONFLICT ON CONSTRAINT tenants_pk DO NOTHING
 	RETURNING id
 ), keys AS (
@@ -142,7 +144,7 @@ func (s *Store) AddTenant(ctx context.Context, t vault.Tenant) error {
 		return err
 	}
 	kids, keys := make([]string, len(t.Keys)), make([][]byte, len(t.Keys))
-	kinds, details := []string{"tenant-added"}, []string{policyDetail(t.Policy)}
+	kinds, details := []string{"tenant-added"}, []string{policyDetail(t.Policy) + " " + directDetail(t.DirectEnrolment)}
 	for i, k := range t.Keys {
 		if err := checkKey(k); err != nil {
 			return err
@@ -156,7 +158,7 @@ func (s *Store) AddTenant(ctx context.Context, t vault.Tenant) error {
 	var added int
 	err := s.with(ctx, "adding a tenant", func(ctx context.Context, conn *pgx.Conn) error {
 		return conn.QueryRow(ctx, addTenant, t.ID, t.Policy.MaxAttempts, delaysOf(t.Policy), t.Policy.Grace, kids, keys,
-			operator(ctx), kinds, details).Scan(&added)
+			operator(ctx), kinds, details, t.DirectEnrolment).Scan(&added)
 	})
 	if err == nil && added == 0 {
 		return ErrTenantExists
@@ -179,6 +181,27 @@ func (s *Store) SetPolicy(ctx context.Context, tenant string, p vault.Policy) er
 	var set int64
 	err := s.with(ctx, "setting a tenant's policy", func(ctx context.Context, conn *pgx.Conn) error {
 		tag, err := conn.Exec(ctx, setPolicy, tenant, p.MaxAttempts, delaysOf(p), p.Grace, operator(ctx), policyDetail(p))
+		set = tag.RowsAffected()
+		return err
+	})
+	if err == nil && set == 0 {
+		return ErrUnknownTenant
+	}
+	return err
+}
+
+const setDirectEnrolment = `
+WITH tenant AS (
+	UPDATE tenants SET direct_enrolment = $2 WHERE id = $1 RETURNING id
+)
+INSERT INTO events (kind, tenant, operator, detail) SELECT 'tenant-policy', id, $3, $4 FROM tenant`
+
+// SetDirectEnrolment declares whether the tenant's back end is trusted with passwords, so that enrolments are taken
+// past the relay channel too. An unknown tenant is ErrUnknownTenant.
+func (s *Store) SetDirectEnrolment(ctx context.Context, tenant string, direct bool) error {
+	var set int64
+	err := s.with(ctx, "setting a tenant's way of enrolment", func(ctx context.Context, conn *pgx.Conn) error {
+		tag, err := conn.Exec(ctx, setDirectEnrolment, tenant, direct, operator(ctx), directDetail(direct))
 		set = tag.RowsAffected()
 		return err
 	})
@@ -251,6 +274,8 @@ func operator(ctx context.Context) *string { return textOrNull(vault.OperatorOf(
 func policyDetail(p vault.Policy) string {
 	return fmt.Sprintf("max_attempts=%d delays=%v grace=%v", p.MaxAttempts, p.Delays, p.Grace)
 }
+
+func directDetail(direct bool) string { return fmt.Sprintf("direct_enrolment=%t", direct) }
 
 func keyDetail(k vault.TenantKey) string {
 	return fmt.Sprintf("kid=%s sha256=%x", k.ID, sha256.Sum256(k.PublicKey))

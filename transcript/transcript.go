@@ -139,8 +139,8 @@ func (s Statement) VerifiedBy(owner, signature []byte) bool {
 	return len(owner) == ed25519.PublicKeySize && ed25519.Verify(owner, s.Bytes(), signature)
 }
 
-// ListedKey is one public key of a vault: its purpose ("server", "relay"), its
-// generation and its compressed P-256 point.
+// ListedKey is one public key of a vault: its purpose, its generation, and what it is: of "server" a compressed
+// P-256 point, of "relay" a key configuration (RFC 9458 section 3.1).
 type ListedKey struct {
 	Purpose    string
 	Generation uint32

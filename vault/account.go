@@ -240,6 +240,9 @@ type Tenant struct {
 	ID     string
 	Policy Policy
 	Keys   []TenantKey
+	// DirectEnrolment says that the tenant trusts its back end with passwords: enrolments and
+	// password changes are then taken past the relay channel too.
+	DirectEnrolment bool
 }
 
 // TenantKey verifies the tokens of a tenant.

@@ -849,7 +849,7 @@ func TestIdentityIsSigned(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	id, err := w.Vault.Identity(t.Context(), time.Now())
-	if err != nil || len(id.Keys.Keys) != 1 || id.Keys.Serial == 0 {
+	if err != nil || len(id.Keys.Keys) != 3 || id.Keys.Serial == 0 {
 		t.Fatalf("%+v, %v", id, err)
 	}
 	parsed, err := transcript.ParseFingerprint(id.Fingerprint.String())

@@ -47,6 +47,14 @@ type Store interface {
 	// not destroyed and sealed under it (see SealedUnder); of the mac key, those whose
 	// MAC is made with it.
 	Under(ctx context.Context, key Key, after AccountID, limit int) ([]AccountID, error)
+
+	// RelaySeeds returns the sealed seed of each generation of the relay key that has one.
+	RelaySeeds(ctx context.Context) (map[uint32][]byte, error)
+
+	// SwapRelaySeed puts a sealed seed in the place of another. old is nil if the generation never had one. sealed is nil to
+	// erase; an erased one does not come back. It answers ErrStale, having written nothing, if another is there than old, and
+	// ClosingKey if the master key that sealed it is about to be destroyed.
+	SwapRelaySeed(ctx context.Context, generation uint32, old, sealed []byte) error
 }
 
 // Snapshot is an account as it was read, not yet verified.
@@ -83,6 +91,8 @@ type Token interface {
 	Open(ctx context.Context, purpose string, id [16]byte, sealed, associated []byte) (plaintext []byte, authentic bool, err error)
 	// Multiply returns k·point, compressed, for the key k of purpose ("oprf", "server").
 	Multiply(ctx context.Context, purpose string, generation uint32, point [33]byte) ([33]byte, error)
+	// DeriveX returns the x-coordinate of k·point (uncompressed), for the key k of purpose ("relay").
+	DeriveX(ctx context.Context, purpose string, generation uint32, point [65]byte) ([32]byte, error)
 	// PublicKey returns the compressed public key of purpose.
 	PublicKey(purpose string, generation uint32) ([33]byte, error)
 	// MAC is HMAC-SHA-256 under the mac key of this generation.

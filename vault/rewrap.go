@@ -8,7 +8,7 @@ import (
 
 // Rewrap moves what older keys hold to the keys in use: it opens every record that is sealed under an
 // older master key and seals it anew, and makes the MAC of every row that carries
-// an older key's. A record that is destroyed by then is erased and not sealed anew. Each account is changed as any other change is, by a
+// an older key's. The relay key's seeds are moved likewise, first. A record that is destroyed by then is erased and not sealed anew. Each account is changed as any other change is, by a
 // compare-and-swap on its MAC, so that traffic goes on, any number of instances can rewrap at once,
 // and a run that is cut short at any point is completed by the next. No counter is touched.
 //
@@ -16,6 +16,9 @@ import (
 // cannot be moved are passed over. It returns how many accounts were moved and how many were not, and the
 // first error that explains why.
 func (v *Vault) Rewrap(ctx context.Context, pace func(context.Context) error) (moved, failed int, err error) {
+	if err := v.rewrapRelaySeeds(ctx); err != nil {
+		return 0, 0, err
+	}
 	for _, purpose := range []string{purposeMaster, purposeMAC} {
 		for _, generation := range v.token.Generations(purpose) {
 			if generation >= v.token.Newest(purpose) {

@@ -621,6 +621,11 @@ func (r *Rotation) Destroy(ctx context.Context, key Key) error {
 	if err := r.unneeded(ctx, key); err != nil {
 		return err
 	}
+	if key.Purpose == purposeRelay {
+		if err := r.vault.eraseRelaySeed(ctx, key.Generation); err != nil && !errors.Is(err, ErrStale) {
+			return err
+		}
+	}
 	if err := r.token.DestroyKey(ctx, key.Purpose, key.Generation); err != nil {
 		return tokenFault(fmt.Sprintf("destroying key %v", key), err)
 	}
@@ -675,6 +680,13 @@ func (r *Rotation) ForgetToken(ctx context.Context, serial string) error {
 
 // unneeded refuses while anything depends on a key.
 func (r *Rotation) unneeded(ctx context.Context, key Key) error {
+	seeds, err := r.vault.relaySeedsUnder(ctx, key)
+	if err != nil {
+		return err
+	}
+	if seeds > 0 {
+		return refuse("the relay key's seed still needs key %v; it is being moved to the key in use: look at the status", key)
+	}
 	n, err := r.dependents(ctx, key)
 	if err != nil || n == 0 {
 		return err
@@ -753,6 +765,9 @@ func (r *Rotation) anyUnderOlder(ctx context.Context, table *KeyTable, key Key) 
 		g := &table.Keys[i]
 		if g.Purpose != key.Purpose || g.Generation >= key.Generation || g.State == KeyDestroyed || g.State == KeyMaking {
 			continue
+		}
+		if seeds, err := r.vault.relaySeedsUnder(ctx, g.Key); err != nil || seeds > 0 {
+			return seeds > 0, err
 		}
 		ids, err := r.vault.store.Under(ctx, g.Key, AccountID{}, 1)
 		if err != nil {

@@ -1,12 +1,14 @@
 package vault
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"slices"
 	"time"
 
+	"github.com/backup-key-vault/bkv/ohttp"
 	"github.com/backup-key-vault/bkv/transcript"
 )
 
@@ -92,6 +94,7 @@ type Identity struct {
 	Fingerprint transcript.Fingerprint
 	Keys        transcript.KeyList
 	Signature   [64]byte // of Keys.Digest, by the identity key
+	Relay       []byte   // the hybrid relay key's configuration, as it is in Keys
 }
 
 // identityGeneration is the identity key's: it has one, ever, as clients pin it.
@@ -101,9 +104,29 @@ const identityGeneration = 1
 // of Identity, so callers keep the answer for a while.
 const keyListLifetime = 7 * 24 * time.Hour
 
+// Serial is the key list's: it is counted from the generations in use, so that all instances agree on it
+// and it grows with every new key.
+func (v *Vault) Serial() uint64 {
+	return uint64(v.token.Newest(purposeServer)) + uint64(v.token.Newest(purposeRelay)) - 1
+}
+
+// Outdated reports whether a list of this serial and hybrid relay key is not what Identity would make now. While that
+// cannot be said it is not.
+func (v *Vault) Outdated(ctx context.Context, serial uint64, relay []byte) bool {
+	if serial != v.Serial() {
+		return true
+	}
+	configs, err := v.RelayConfigs(ctx)
+	if err != nil {
+		return false
+	}
+	encoded, err := configs[0].Encode()
+	return err == nil && !bytes.Equal(encoded, relay)
+}
+
 // Identity makes and signs the list of the vault's keys: every generation of the
-// server key that records may be served with, the one in use first. Its serial is the generation in use, so
-// that all instances agree on it and it grows with every new key.
+// server key that records may be served with, the one in use first, and the configurations of the relay key in
+// use, the hybrid first.
 func (v *Vault) Identity(ctx context.Context, now time.Time) (*Identity, error) {
 	key, err := v.token.PublicKey(purposeIdentity, identityGeneration)
 	if err != nil {
@@ -117,7 +140,7 @@ func (v *Vault) Identity(ctx context.Context, now time.Time) (*Identity, error) 
 		},
 	}
 	newest := v.token.Newest(purposeServer)
-	id.Keys.Serial = uint64(newest)
+	id.Keys.Serial = v.Serial()
 	for _, generation := range slices.Backward(v.token.Generations(purposeServer)) {
 		if generation > newest {
 			continue // made in advance
@@ -127,6 +150,20 @@ func (v *Vault) Identity(ctx context.Context, now time.Time) (*Identity, error) 
 			return nil, tokenFault("reading the server key", err)
 		}
 		id.Keys.Keys = append(id.Keys.Keys, transcript.ListedKey{Purpose: purposeServer, Generation: generation, Key: key[:]})
+	}
+	relay, err := v.RelayConfigs(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, config := range relay {
+		encoded, err := config.Encode()
+		if err != nil {
+			return nil, fmt.Errorf("listing the relay key: %w", err)
+		}
+		if config.KEM == ohttp.MLKEM768P256 {
+			id.Relay = encoded
+		}
+		id.Keys.Keys = append(id.Keys.Keys, transcript.ListedKey{Purpose: purposeRelay, Generation: v.token.Newest(purposeRelay), Key: encoded})
 	}
 	if id.Signature, err = v.token.Sign(ctx, purposeIdentity, identityGeneration, id.Keys.Digest()); err != nil {
 		return nil, tokenFault("signing the key list", err)

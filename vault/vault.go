@@ -74,6 +74,7 @@ type Vault struct {
 	random  io.Reader
 	log     *slog.Logger
 	observe Observer
+	seeds   relaySeeds
 }
 
 // New checks the configuration. It calls neither store nor token.

@@ -38,6 +38,7 @@ type MemoryStore struct {
 	accounts map[vault.AccountID]*memoryRow
 	events   []vault.Event
 	hook     func(vault.Change) Fault
+	seeds    map[uint32][]byte // nil: erased
 }
 
 // memoryRow is an account with all its generations, tombstones included, by number.
@@ -50,7 +51,7 @@ var _ vault.Store = (*MemoryStore)(nil)
 
 // NewMemoryStore returns an empty store. clock is the database's clock; it is cut to microseconds.
 func NewMemoryStore(clock func() time.Time) *MemoryStore {
-	return &MemoryStore{clock: clock, accounts: map[vault.AccountID]*memoryRow{}}
+	return &MemoryStore{clock: clock, accounts: map[vault.AccountID]*memoryRow{}, seeds: map[uint32][]byte{}}
 }
 
 // OnWrite has hook decide what becomes of each write from now on; nil: all succeed.
@@ -280,6 +281,31 @@ func (m *MemoryStore) next(change vault.Change) (*memoryRow, error) {
 		return nil, law("the policy changed over %d live generations and %d used attempts", live, used)
 	}
 	return next, nil
+}
+
+// RelaySeeds implements vault.Store.
+func (m *MemoryStore) RelaySeeds(context.Context) (map[uint32][]byte, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := map[uint32][]byte{}
+	for generation, sealed := range m.seeds {
+		if sealed != nil {
+			out[generation] = bytes.Clone(sealed)
+		}
+	}
+	return out, nil
+}
+
+// SwapRelaySeed implements vault.Store. It knows of no closing keys.
+func (m *MemoryStore) SwapRelaySeed(_ context.Context, generation uint32, old, sealed []byte) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	now, exists := m.seeds[generation]
+	if exists != (old != nil) || !bytes.Equal(now, old) {
+		return vault.ErrStale
+	}
+	m.seeds[generation] = bytes.Clone(sealed)
+	return nil
 }
 
 func law(format string, args ...any) error {

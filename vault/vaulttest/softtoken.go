@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/aes"
 	"crypto/cipher"
+	"crypto/ecdh"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/hmac"
@@ -19,7 +20,7 @@ import (
 )
 
 // SoftToken is vault.Token in software, for tests that need thousands of runs or
-// faults at chosen calls. The master key can rotate; the others have one generation. It counts what a real token
+// faults at chosen calls. The master and the relay key can rotate; the others have one generation. It counts what a real token
 // could be asked to reveal: the distinct points that it multiplied by the OPRF key.
 type SoftToken struct {
 	state    cipher.AEAD
@@ -28,7 +29,8 @@ type SoftToken struct {
 	identity *ecdsa.PrivateKey
 
 	mu        sync.Mutex
-	master    []cipher.AEAD // by generation − 1; nil: destroyed
+	relay     []*ecdh.PrivateKey // by generation − 1; nil: destroyed
+	master    []cipher.AEAD      // by generation − 1; nil: destroyed
 	evaluated map[[33]byte]int
 	fail      func(operation string) error
 }
@@ -39,6 +41,7 @@ func NewSoftToken() *SoftToken {
 		scalars: map[string]opaque.Scalar{}, evaluated: map[[33]byte]int{},
 		state: newAEAD(), master: []cipher.AEAD{newAEAD()},
 	}
+	t.RotateRelay()
 	for _, purpose := range []string{"oprf", "server"} {
 		scalar, err := opaque.RandomScalar(rand.Reader)
 		must(err)
@@ -76,6 +79,32 @@ func (t *SoftToken) DestroyMasters() {
 	clear(t.master[:len(t.master)-1])
 }
 
+// RotateRelay makes a new relay key and uses it from now on. DestroyRelays
+// destroys all older ones.
+func (t *SoftToken) RotateRelay() {
+	key, err := ecdh.P256().GenerateKey(rand.Reader)
+	must(err)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.relay = append(t.relay, key)
+}
+
+// DestroyRelays destroys all relay keys but the one in use.
+func (t *SoftToken) DestroyRelays() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	clear(t.relay[:len(t.relay)-1])
+}
+
+func (t *SoftToken) relayKey(generation uint32) *ecdh.PrivateKey {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if generation < 1 || int(generation) > len(t.relay) {
+		return nil
+	}
+	return t.relay[generation-1]
+}
+
 func (t *SoftToken) aead(purpose string, generation uint32) cipher.AEAD {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -95,7 +124,7 @@ func must(err error) {
 }
 
 // FailWith has hook asked before every operation ("seal", "open", "multiply",
-// "mac", "sign", "random"); an error that it returns is the operation's. Nil: never.
+// "derive", "mac", "sign", "random"); an error that it returns is the operation's. Nil: never.
 func (t *SoftToken) FailWith(hook func(operation string) error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -167,8 +196,36 @@ func (t *SoftToken) Multiply(ctx context.Context, purpose string, generation uin
 	return scalar.Multiply(point)
 }
 
+// DeriveX implements vault.Token.
+func (t *SoftToken) DeriveX(ctx context.Context, purpose string, generation uint32, point [65]byte) (x [32]byte, err error) {
+	if err := t.begin(ctx, "derive"); err != nil {
+		return x, err
+	}
+	key := t.relayKey(generation)
+	if purpose != "relay" || key == nil {
+		return x, fmt.Errorf("no key %s/%d", purpose, generation)
+	}
+	peer, err := ecdh.P256().NewPublicKey(point[:])
+	if err != nil {
+		return x, err
+	}
+	shared, err := key.ECDH(peer)
+	if err != nil {
+		return x, err
+	}
+	return [32]byte(shared), nil
+}
+
 // PublicKey implements vault.Token.
 func (t *SoftToken) PublicKey(purpose string, generation uint32) ([33]byte, error) {
+	if purpose == "relay" {
+		key := t.relayKey(generation)
+		if key == nil {
+			return [33]byte{}, fmt.Errorf("no key %s/%d", purpose, generation)
+		}
+		uncompressed := key.PublicKey().Bytes() // SEC 1 section 2.3.3: 4, x, y
+		return [33]byte(append([]byte{2 + uncompressed[64]&1}, uncompressed[1:33]...)), nil
+	}
 	if generation != 1 {
 		return [33]byte{}, fmt.Errorf("no key %s/%d", purpose, generation)
 	}
@@ -210,8 +267,11 @@ func (t *SoftToken) Sign(ctx context.Context, _ string, _ uint32, digest [32]byt
 func (t *SoftToken) Newest(purpose string) uint32 {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if purpose == "master" {
+	switch purpose {
+	case "master":
 		return uint32(len(t.master))
+	case "relay":
+		return uint32(len(t.relay))
 	}
 	return 1
 }
@@ -219,7 +279,8 @@ func (t *SoftToken) Newest(purpose string) uint32 {
 // Generations implements vault.Token.
 func (t *SoftToken) Generations(purpose string) (held []uint32) {
 	for generation := range t.Newest(purpose) {
-		if purpose != "master" || t.aead(purpose, generation+1) != nil {
+		gone := purpose == "master" && t.aead(purpose, generation+1) == nil || purpose == "relay" && t.relayKey(generation+1) == nil
+		if !gone {
 			held = append(held, generation+1)
 		}
 	}

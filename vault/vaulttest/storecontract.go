@@ -1,6 +1,7 @@
 package vaulttest
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/binary"
@@ -10,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -51,6 +53,7 @@ func StoreContract(t *testing.T, open func(t *testing.T) vault.Store) {
 		{"what a caller keeps is not the store's", testNoAliasing},
 		{"what cannot be exact is refused", testExact},
 		{"a context that is over", testContext},
+		{"a relay key's seed is swapped and erased for good", testRelaySeeds},
 	} {
 		t.Run(c.name, func(t *testing.T) { c.run(t, &contract{open(t)}) })
 	}
@@ -857,4 +860,52 @@ func testUnder(t *testing.T, c *contract) {
 	}
 	under("master", 1)
 	under("master", 3, ids[0], ids[2], ids[5])
+}
+
+func testRelaySeeds(t *testing.T, c *contract) {
+	seed := func(b byte) []byte { return append([]byte{1, 0, 0, 0, 1}, bytes.Repeat([]byte{b}, 100)...) }
+	swap := func(generation uint32, old, sealed []byte, want error) {
+		t.Helper()
+		if err := c.SwapRelaySeed(t.Context(), generation, old, sealed); !errors.Is(err, want) {
+			t.Fatalf("got %v, want %v", err, want)
+		}
+	}
+	has := func(want map[uint32][]byte) {
+		t.Helper()
+		got, err := c.RelaySeeds(t.Context())
+		if err != nil || !reflect.DeepEqual(got, want) {
+			t.Fatalf("%v, %v; want %v", got, err, want)
+		}
+	}
+	has(map[uint32][]byte{})
+	swap(1, seed(9), seed(1), vault.ErrStale)
+	// Of many who bring the first, one wins.
+	var won atomic.Int32
+	var group sync.WaitGroup
+	for i := range 8 {
+		group.Go(func() {
+			switch err := c.SwapRelaySeed(t.Context(), 1, nil, seed(byte(i))); {
+			case err == nil:
+				won.Add(1)
+			case !errors.Is(err, vault.ErrStale):
+				t.Error(err)
+			}
+		})
+	}
+	group.Wait()
+	got, err := c.RelaySeeds(t.Context())
+	if err != nil || won.Load() != 1 {
+		t.Fatalf("%d won: %v", won.Load(), err)
+	}
+	first := got[1]
+	swap(1, nil, seed(20), vault.ErrStale)
+	swap(1, seed(21), seed(22), vault.ErrStale)
+	swap(1, first, seed(23), nil)
+	swap(4294967295, nil, seed(24), nil)
+	has(map[uint32][]byte{1: seed(23), 4294967295: seed(24)})
+	swap(1, seed(23), nil, nil)
+	for _, old := range [][]byte{nil, seed(23)} {
+		swap(1, old, seed(25), vault.ErrStale)
+	}
+	has(map[uint32][]byte{4294967295: seed(24)})
 }
