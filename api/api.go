@@ -102,7 +102,7 @@ type KeyList struct {
 type Key struct {
 	Purpose    string `json:"purpose" enum:"server,relay"`
 	Generation uint32 `json:"generation"`
-	PublicKey  Bytes  `json:"public_key" minLength:"44" maxLength:"44" doc:"A compressed P-256 point, 33 bytes."`
+	PublicKey  Bytes  `json:"public_key" doc:"Of server a compressed P-256 point, 33 bytes; of relay a key configuration (RFC 9458 section 3.1)."`
 }
 
 // KSF is the key stretching function of a record: Argon2id (RFC 9106) with a
@@ -219,7 +219,7 @@ type Generation struct {
 	ExpiresAt     *time.Time   `json:"expires_at,omitempty" doc:"Staged: until when it can be activated. Frozen: when it is destroyed."`
 }
 
-// Problem is an RFC 9457 problem. Type is ProblemPrefix and one of the names below.
+// Problem is an RFC 9457 problem. Type is ProblemPrefix and one of the names below, or OHTTPKey.
 type Problem struct {
 	Type          string     `json:"type"`
 	Title         string     `json:"title"`
@@ -240,6 +240,7 @@ const (
 	InvalidRequest   = ProblemPrefix + "invalid-request"
 	Unauthenticated  = ProblemPrefix + "unauthenticated"
 	Forbidden        = ProblemPrefix + "forbidden"
+	RelayRequired    = ProblemPrefix + "relay-required"
 	WrongPassword    = ProblemPrefix + "wrong-password"
 	NotEnrolled      = ProblemPrefix + "not-enrolled"
 	NotFound         = ProblemPrefix + "not-found"
@@ -255,6 +256,10 @@ const (
 	StoreUnavailable = ProblemPrefix + "store-unavailable"
 	AccountFault     = ProblemPrefix + "account-fault"
 )
+
+// OHTTPKey is the problem of a capsule that is sealed to a relay key which the vault does not have, or not any
+// more (RFC 9458 section 5.3). It is not in an answer's capsule: there was none to open.
+const OHTTPKey = "https://iana.org/assignments/http-problem-types#ohttp-key"
 
 // ProblemMediaType is the content type of a problem (RFC 9457 §3).
 const ProblemMediaType = "application/problem+json"

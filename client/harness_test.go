@@ -50,7 +50,7 @@ func (s *service) Tenants(context.Context) ([]vault.Tenant, error) {
 	if err != nil {
 		return nil, err
 	}
-	return []vault.Tenant{{ID: tenant, Policy: s.policy, Keys: []vault.TenantKey{{ID: keyID, PublicKey: public}}}}, nil
+	return []vault.Tenant{{ID: tenant, DirectEnrolment: true, Policy: s.policy, Keys: []vault.TenantKey{{ID: keyID, PublicKey: public}}}}, nil
 }
 
 // newService is a service with a software token and a store in memory.

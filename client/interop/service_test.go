@@ -47,7 +47,7 @@ func newService(t *testing.T, opaqueContext []byte) *service {
 
 	database := storetest.New(t)
 	must(t, database.OwnerStore(t).AddTenant(t.Context(), vault.Tenant{
-		ID:     tenant,
+		ID: tenant, DirectEnrolment: true, // the other implementation's device speaks no Oblivious HTTP
 		Policy: vault.Policy{MaxAttempts: maxAttempts, Grace: 7 * 24 * time.Hour}, // and no delays
 		Keys:   []vault.TenantKey{{ID: keyID, PublicKey: publicDER}},
 	}))

@@ -90,7 +90,7 @@ func (d *deployment) register(t testing.TB, tokens []string) {
 	db, owner := d.database, ownerEnv(t, d.dir, d.database)
 	mustRun(t, owner, "vaultctl", "migrate")
 	mustRun(t, nil, "vaultctl", "dev", "key", d.dir+"/tenant.key")
-	mustRun(t, owner, "vaultctl", "tenant", "add", tenant, "--delays=none")
+	mustRun(t, owner, "vaultctl", "tenant", "add", tenant, "--delays=none", "--direct-enrolment")
 	mustRun(t, owner, "vaultctl", "tenant", "key", "add", tenant, "--kid="+kid, "--public-key="+d.dir+"/tenant.key.pub")
 	d.vaultd = append(slices.Clone(tokens),
 		"BKV_DATABASE_URL_FILE="+write(t, d.dir, "vaultd.url", withPassword(db.RuntimeURL)),

@@ -64,9 +64,10 @@ func (c *migrateCommand) Run(e *environment) error {
 }
 
 type tenantCommand struct {
-	Add  tenantAddCommand  `cmd:"" help:"Add a tenant."`
-	List tenantListCommand `cmd:"" help:"List tenants, their policies and keys."`
-	Key  struct {
+	Add    tenantAddCommand    `cmd:"" help:"Add a tenant."`
+	List   tenantListCommand   `cmd:"" help:"List tenants, their policies and keys."`
+	Direct tenantDirectCommand `cmd:"" name:"direct" help:"Declare whether the tenant's back end is trusted with passwords."`
+	Key    struct {
 		Add    tenantKeyAddCommand    `cmd:"" help:"Add a public key that verifies the tenant's tokens."`
 		Revoke tenantKeyRevokeCommand `cmd:"" help:"Withdraw a key; its tokens are refused within thirty seconds, or five minutes where the database does not answer."`
 	} `cmd:"" help:"Add and revoke a tenant's keys."`
@@ -77,6 +78,7 @@ type tenantAddCommand struct {
 	Tenant      string        `arg:"" help:"The tenant's id: the issuer of its tokens. 1 to 64 of a-z, 0-9, '.', '_', '-'."`
 	MaxAttempts int           `default:"10" placeholder:"N" help:"Attempts without a success before a key is destroyed: 1 to 10."`
 	Delays      string        `placeholder:"LIST" help:"Least time before each attempt since the last success, by number, as durations with commas between; 'none' for no delays (tests only). Default: 0,0,0,0,1m,5m,15m,1h,4h,24h."`
+	Direct      bool          `name:"direct-enrolment" help:"Also take enrolments and password changes that do not come over the relay channel. The back end of the app can then answer them in the vault's place and learn passwords from it: only for development, or where the back end is trusted with passwords."`
 	Grace       time.Duration `default:"168h" placeholder:"DURATION" help:"How long a generation that was replaced or turned off without its owner's proof can still be recovered."`
 }
 
@@ -95,10 +97,35 @@ func (c *tenantAddCommand) Run(e *environment) error {
 		return err
 	}
 	defer s.Close()
-	if err := s.AddTenant(e.ctx, vault.Tenant{ID: c.Tenant, Policy: policy}); err != nil {
+	if err := s.AddTenant(e.ctx, vault.Tenant{ID: c.Tenant, Policy: policy, DirectEnrolment: c.Direct}); err != nil {
 		return err
 	}
 	return e.printf("tenant %s added; give it a key with: vaultctl tenant key add %[1]s --kid ID --public-key FILE\n", c.Tenant)
+}
+
+type tenantDirectCommand struct {
+	ownerDatabase
+	Tenant string `arg:"" help:"The tenant's id."`
+	Answer string `arg:"" enum:"allow,refuse" help:"allow: enrolments and password changes are also taken past the relay channel, where the app's back end can learn passwords from them. refuse: over the relay channel alone."`
+}
+
+func (c *tenantDirectCommand) Run(e *environment) error {
+	s, err := c.open(e)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	if err := s.SetDirectEnrolment(e.ctx, c.Tenant, c.Answer == "allow"); err != nil {
+		return err
+	}
+	return e.printf("tenant %s enrols %s; running vaults know it within thirty seconds\n", c.Tenant, showRoute(c.Answer == "allow"))
+}
+
+func showRoute(direct bool) string {
+	if direct {
+		return "relayed or direct"
+	}
+	return "relayed"
 }
 
 // parseDelays reads --delays. Without it the default delays hold, as far as there are attempts.
@@ -136,9 +163,9 @@ func (c *tenantListCommand) Run(e *environment) error {
 		return err
 	}
 	w := tabwriter.NewWriter(e.stdout, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(w, "TENANT\tATTEMPTS\tDELAYS\tGRACE\tKEY\tALGORITHM\tSHA-256\tSTATE")
+	fmt.Fprintln(w, "TENANT\tATTEMPTS\tDELAYS\tGRACE\tENROLMENT\tKEY\tALGORITHM\tSHA-256\tSTATE")
 	for _, t := range tenants {
-		head := fmt.Sprintf("%s\t%d\t%s\t%v", t.ID, t.Policy.MaxAttempts, showDelays(t.Policy.Delays), t.Policy.Grace)
+		head := fmt.Sprintf("%s\t%d\t%s\t%v\t%s", t.ID, t.Policy.MaxAttempts, showDelays(t.Policy.Delays), t.Policy.Grace, showRoute(t.DirectEnrolment))
 		if len(t.Keys) == 0 {
 			fmt.Fprintf(w, "%s\t-\t-\t-\tno key: its tokens are refused\n", head)
 		}
@@ -148,7 +175,7 @@ func (c *tenantListCommand) Run(e *environment) error {
 				state = "revoked " + k.RevokedAt.UTC().Format(time.RFC3339)
 			}
 			fmt.Fprintf(w, "%s\t%s\t%s\t%x\t%s\n", head, k.ID, keyAlgorithm(k.PublicKey), sha256.Sum256(k.PublicKey), state)
-			head = "\t\t\t"
+			head = "\t\t\t\t"
 		}
 	}
 	return w.Flush()

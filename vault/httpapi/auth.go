@@ -47,6 +47,7 @@ func newAuthority(keys *keyring, vaultID string, now func() time.Time) *authorit
 type identity struct {
 	account vault.AccountID
 	policy  vault.Policy
+	direct  bool // the tenant's back end is trusted with passwords
 }
 
 // claims are those that the vault reads; others may be there.
@@ -113,7 +114,7 @@ func (a *authority) authenticate(ctx context.Context, h http.Header) (identity, 
 	case c.Subject == "":
 		return identity{}, badToken("the token names no user (sub)")
 	}
-	return identity{account: vault.AccountID{Tenant: c.Issuer, User: c.Subject}, policy: key.policy}, nil
+	return identity{account: vault.AccountID{Tenant: c.Issuer, User: c.Subject}, policy: key.policy, direct: key.direct}, nil
 }
 
 // whatIsWrong says it in general terms: which key was sought and why a signature

@@ -56,7 +56,7 @@ func TestAlgorithms(t *testing.T) {
 	add("rsa2048", pkix(t, &rsa2048.PublicKey))
 	add("rsa1024", pkix(t, &rsa1024.PublicKey))
 	add("garbage", []byte("not DER"))
-	s.tenants.set(nil, vault.Tenant{ID: tenant, Policy: noDelays(), Keys: keys})
+	s.tenants.set(nil, vault.Tenant{ID: tenant, DirectEnrolment: true, Policy: noDelays(), Keys: keys})
 
 	edPublic := pkix(t, s.signer.Public())
 	good := s.claimsFor("anna")
@@ -272,7 +272,7 @@ func TestAnotherTenantsKey(t *testing.T) {
 	s := newService(t, nil)
 	other := newEd25519(t)
 	s.tenants.set(nil, s.tenants.tenants[0],
-		vault.Tenant{ID: "other", Policy: noDelays(), Keys: []vault.TenantKey{{ID: kid, PublicKey: pkix(t, other.Public())}, {ID: "other-1", PublicKey: pkix(t, other.Public())}}})
+		vault.Tenant{ID: "other", DirectEnrolment: true, Policy: noDelays(), Keys: []vault.TenantKey{{ID: kid, PublicKey: pkix(t, other.Public())}, {ID: "other-1", PublicKey: pkix(t, other.Public())}}})
 	bring := func(key ed25519.PrivateKey, kid, iss string) reply {
 		t.Helper()
 		return s.bring("Bearer " + signed(t, jwt.SigningMethodEdDSA, key, kid, with(s.claimsFor("anna"), "iss", iss)))
@@ -405,7 +405,7 @@ func BenchmarkToken(b *testing.B) {
 	must(b, err)
 	keys := append(s.tenants.tenants[0].Keys,
 		vault.TenantKey{ID: "p256", PublicKey: pkix(b, &p256.PublicKey)}, vault.TenantKey{ID: "rsa", PublicKey: pkix(b, &rsa2048.PublicKey)})
-	s.tenants.set(nil, vault.Tenant{ID: tenant, Policy: noDelays(), Keys: keys})
+	s.tenants.set(nil, vault.Tenant{ID: tenant, DirectEnrolment: true, Policy: noDelays(), Keys: keys})
 	for _, c := range []struct {
 		method jwt.SigningMethod
 		key    any

@@ -33,12 +33,17 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	if err := checkMediaType(r.Header); err != nil {
 		return nil, err
 	}
-	if r.ContentLength > maxBodyBytes {
-		return nil, tooLarge()
+	return readLimited(w, r, maxBodyBytes)
+}
+
+// readLimited reads a body of at most limit bytes.
+func readLimited(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
+	if r.ContentLength > limit {
+		return nil, tooLarge(limit)
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBodyBytes))
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, limit))
 	if tooLong := (*http.MaxBytesError)(nil); errors.As(err, &tooLong) {
-		return nil, tooLarge()
+		return nil, tooLarge(limit)
 	} else if err != nil {
 		return nil, invalid("", "the body could not be read to its end").because(err)
 	}
@@ -46,8 +51,8 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 }
 
 // tooLarge closes the connection, so that the rest of the body is not read.
-func tooLarge() *refusal {
-	r := refuse(api.TooLarge, "at most "+strconv.Itoa(maxBodyBytes)+" bytes are read")
+func tooLarge(limit int64) *refusal {
+	r := refuse(api.TooLarge, "at most "+strconv.FormatInt(limit, 10)+" bytes are read")
 	r.header.Set("Connection", "close")
 	return r
 }

@@ -154,7 +154,7 @@ func newServiceOver(t testing.TB, soft *vaulttest.SoftToken, token vault.Token, 
 	if public, s.signer, err = ed25519.GenerateKey(rand.Reader); err != nil {
 		t.Fatal(err)
 	}
-	s.tenants.set(nil, vault.Tenant{ID: tenant, Policy: noDelays(), Keys: []vault.TenantKey{{ID: kid, PublicKey: pkix(t, public)}}})
+	s.tenants.set(nil, vault.Tenant{ID: tenant, DirectEnrolment: true, Policy: noDelays(), Keys: []vault.TenantKey{{ID: kid, PublicKey: pkix(t, public)}}})
 	config := httpapi.Config{
 		Vault: s.vault, VaultID: vaultID, Tenants: s.tenants, Log: log, Now: s.clock.Now,
 		Limits: httpapi.Limits{
@@ -259,6 +259,7 @@ func (s *service) send(r *http.Request) reply {
 var problemMembers = []string{"type", "title", "status", "detail", "instance", "field", "attempts_left", "next_attempt_at", "retry_after"}
 
 var problemStatus = map[string]int{
+	api.OHTTPKey: 400, api.RelayRequired: 403,
 	api.InvalidRequest: 400, api.Unauthenticated: 401, api.Forbidden: 403, api.WrongPassword: 403, api.NotEnrolled: 404,
 	api.NotFound: 404, api.MethodNotAllowed: 405, api.Conflict: 409, api.KeyDestroyed: 410, api.TooLarge: 413, api.MediaType: 415,
 	api.TooEarly: 429, api.RateLimited: 429, api.Internal: 500,

@@ -136,6 +136,9 @@ func problemsOf(op operation, hasBody bool) []string {
 	if hasBody {
 		kinds = append(kinds, api.TooLarge, api.MediaType)
 	}
+	if op.registration {
+		kinds = append(kinds, api.RelayRequired)
+	}
 	slices.Sort(kinds)
 	return slices.Compact(kinds)
 }
@@ -165,6 +168,36 @@ func problemResponse(registry huma.Registry, kinds []string) *huma.Response {
 			}}},
 		},
 	}
+}
+
+// documentRaw adds an operation whose bodies are not JSON; of in "" says that it takes none.
+func documentRaw(doc *huma.OpenAPI, op operation, in, out string) {
+	binary := func(mediaType string) map[string]*huma.MediaType {
+		return map[string]*huma.MediaType{mediaType: {Schema: &huma.Schema{Type: huma.TypeString, ContentEncoding: "binary"}}}
+	}
+	o := &huma.Operation{
+		Method: op.method, Path: op.path, OperationID: op.id, Summary: op.summary, Description: op.doc,
+		Security: []map[string][]string{},
+		Responses: map[string]*huma.Response{
+			strconv.Itoa(http.StatusOK): {
+				Description: "Done", Headers: map[string]*huma.Param{"X-Request-Id": requestIDHeader}, Content: binary(out),
+			},
+		},
+	}
+	if !op.public {
+		o.Security = []map[string][]string{{bearerScheme: {}}}
+	}
+	if in != "" {
+		o.RequestBody = &huma.RequestBody{Required: true, Content: binary(in)}
+	}
+	kinds := append(slices.Clone(op.problems), api.InvalidRequest, api.Internal, api.TokenUnavailable, api.StoreUnavailable)
+	if !op.public {
+		kinds = append(kinds, api.Unauthenticated)
+	}
+	for status, kinds := range kindsByStatus(kinds) {
+		o.Responses[strconv.Itoa(status)] = problemResponse(doc.Components.Schemas, kinds)
+	}
+	doc.AddOperation(o)
 }
 
 // requiredMembers lists what a body must have, parents before their members: what the
@@ -200,8 +233,11 @@ func finishSchemas(doc *huma.OpenAPI) {
 	}
 	for _, path := range doc.Paths {
 		for _, o := range []*huma.Operation{path.Post, path.Put} {
-			if o != nil {
-				mark(o.RequestBody.Content["application/json"].Schema)
+			if o == nil {
+				continue
+			}
+			if body := o.RequestBody.Content["application/json"]; body != nil {
+				mark(body.Schema)
 			}
 		}
 	}

@@ -24,7 +24,10 @@ type operation struct {
 	summary, doc     string
 	// public: no token is asked for.
 	public bool
-	query  []param
+	// registration: part of an enrolment, which whoever answers it in the vault's place can guess the
+	// password from. It is taken over the relay channel alone, unless the tenant trusts its back end.
+	registration bool
+	query        []param
 	// problems are those that the handler can answer; see problemsOf for the rest.
 	problems []string
 	// cacheControl, if set, replaces Cache-Control: no-store.
@@ -99,9 +102,13 @@ func (s *server) endpoint(op operation, run func(http.ResponseWriter, *http.Requ
 func (s *server) admit(op operation, r *http.Request, x *exchange) (call, error) {
 	var c call
 	if !op.public {
-		who, err := s.authority.authenticate(r.Context(), r.Header)
+		who, err := s.caller(r, x)
 		if err != nil {
 			return c, err
+		}
+		if op.registration && x.relayed == nil && !who.direct {
+			return c, refuse(api.RelayRequired, "enrolments and password changes come over the relay channel, POST /v1/relay (RFC 9458); "+
+				"where the app's back end is trusted with passwords, the vault's operator can declare the tenant direct-enrolment (vaultctl tenant)")
 		}
 		x.tenant = who.account.Tenant
 		user, err := pathUser(r)
@@ -119,6 +126,14 @@ func (s *server) admit(op operation, r *http.Request, x *exchange) (call, error)
 	var err error
 	c.query, err = query(r.URL.RawQuery, op.query)
 	return c, err
+}
+
+// caller is who sent the request: by its token, or, inside a capsule, by that of the capsule's sender.
+func (s *server) caller(r *http.Request, x *exchange) (identity, error) {
+	if x.relayed != nil {
+		return *x.relayed, nil
+	}
+	return s.authority.authenticate(r.Context(), r.Header)
 }
 
 // pathUser is the user's segment of the path, percent-decoded exactly once: the

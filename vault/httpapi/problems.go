@@ -24,6 +24,8 @@ var problemKinds = map[string]struct {
 	api.Unauthenticated:  {http.StatusUnauthorized, "A valid token is needed"},
 	api.Forbidden:        {http.StatusForbidden, "Not allowed"},
 	api.WrongPassword:    {http.StatusForbidden, "Wrong password"},
+	api.RelayRequired:    {http.StatusForbidden, "Not on this route"},
+	api.OHTTPKey:         {http.StatusBadRequest, "The relay key is not known, or not any more"},
 	api.NotEnrolled:      {http.StatusNotFound, "No backup key is enrolled"},
 	api.NotFound:         {http.StatusNotFound, "No such resource"},
 	api.MethodNotAllowed: {http.StatusMethodNotAllowed, "The resource does not have this method"},

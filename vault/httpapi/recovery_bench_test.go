@@ -74,7 +74,7 @@ func newBench(b *testing.B) *bench {
 		b.Fatal(err)
 	}
 	owner := db.OwnerStore(b)
-	if err := owner.AddTenant(b.Context(), vault.Tenant{ID: tenant, Policy: noDelays()}); err != nil {
+	if err := owner.AddTenant(b.Context(), vault.Tenant{ID: tenant, DirectEnrolment: true, Policy: noDelays()}); err != nil {
 		b.Fatal(err)
 	}
 	if err := owner.AddTenantKey(b.Context(), tenant, vault.TenantKey{ID: kid, PublicKey: der}); err != nil {

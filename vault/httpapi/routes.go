@@ -22,8 +22,12 @@ const (
 	identityKeptFor = time.Hour
 )
 
+// overRelay ends the description of what is refused on the direct route.
+const overRelay = " Over the relay channel alone, unless the tenant is declared direct-enrolment."
+
 // routes registers every operation.
 func (s *server) routes() {
+	s.relayRoutes()
 	add(s, operation{
 		method: http.MethodGet, path: "/v1/vault", id: "get-vault", public: true, cacheControl: cacheForAWhile,
 		summary: "Who the vault is and what it asks of clients",
@@ -37,20 +41,20 @@ func (s *server) routes() {
 	add(s, operation{
 		method: http.MethodPost, path: backupKey + "/enrolment", id: "start-enrolment",
 		summary:  "Start an enrolment or a password change",
-		doc:      "Stores nothing and counts nothing; it can be repeated, within its rate limit.",
-		problems: []string{api.RateLimited},
+		doc:      "Stores nothing and counts nothing; it can be repeated, within its rate limit." + overRelay,
+		problems: []string{api.RateLimited}, registration: true,
 	}, s.startEnrolment)
 	add(s, operation{
 		method: http.MethodPut, path: backupKey, id: "stage-backup-key",
 		summary:  "Stage a record",
-		doc:      "Nobody can attempt it before it is activated. A state stages one record: the same request again gets the same answer, another record is a conflict.",
-		problems: []string{api.Conflict},
+		doc:      "Nobody can attempt it before it is activated. A state stages one record: the same request again gets the same answer, another record is a conflict." + overRelay,
+		problems: []string{api.Conflict}, registration: true,
 	}, s.stage)
 	add(s, operation{
 		method: http.MethodPost, path: backupKey + "/activation", id: "activate-backup-key",
 		summary:  "Activate a staged generation",
-		doc:      "With the present owner's signature too, the active generation is destroyed at once; without it, it stays frozen for the grace time. The same request again is harmless.",
-		problems: []string{api.NotEnrolled, api.Conflict, api.KeyDestroyed},
+		doc:      "With the present owner's signature too, the active generation is destroyed at once; without it, it stays frozen for the grace time. The same request again is harmless." + overRelay,
+		problems: []string{api.NotEnrolled, api.Conflict, api.KeyDestroyed}, registration: true,
 	}, s.activate)
 	add(s, operation{
 		method: http.MethodPost, path: backupKey + "/recovery", id: "start-recovery",
@@ -90,6 +94,7 @@ type identityCache struct {
 	turn   chan struct{}
 	answer *api.Vault
 	made   time.Time
+	relay  []byte // what vault.Outdated asks for
 }
 
 func (s *server) getVault(ctx context.Context, _ call, _ *none) (*api.Vault, error) {
@@ -100,8 +105,8 @@ func (s *server) getVault(ctx context.Context, _ call, _ *none) (*api.Vault, err
 		return nil, ctx.Err()
 	}
 	now := s.now()
-	if s.identity.answer != nil && now.Sub(s.identity.made) < identityKeptFor {
-		return s.identity.answer, nil
+	if a := s.identity.answer; a != nil && now.Sub(s.identity.made) < identityKeptFor && !s.vault.Outdated(ctx, a.Keys.Serial, s.identity.relay) {
+		return a, nil
 	}
 	id, err := s.vault.Identity(ctx, now)
 	if err != nil {
@@ -123,7 +128,7 @@ func (s *server) getVault(ctx context.Context, _ call, _ *none) (*api.Vault, err
 	for _, k := range id.Keys.Keys {
 		answer.Keys.Keys = append(answer.Keys.Keys, api.Key{Purpose: k.Purpose, Generation: k.Generation, PublicKey: k.Key})
 	}
-	s.identity.answer, s.identity.made = answer, now
+	s.identity.answer, s.identity.made, s.identity.relay = answer, now, id.Relay
 	return answer, nil
 }
 

@@ -120,6 +120,11 @@ type exchange struct {
 	route  string          // the pattern, never the path: user ids stay out of the log
 	tenant string
 	status int
+	// relayed is who sent the capsule that the request came in; nil: it came by itself.
+	relayed *identity
+	// inside is the request that came in the capsule, and method its method.
+	inside *exchange
+	method string
 	// refused is what was answered instead of success.
 	refused *refusal
 }
@@ -132,11 +137,30 @@ func exchangeOf(ctx context.Context) *exchange { return ctx.Value(exchangeKey{})
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	began := time.Now()
 	x := &exchange{id: requestID(r.Header), client: r.Context()}
+	s.commonHeader(w, x)
+	x.method = r.Method
+	defer func() {
+		took := time.Since(began)
+		s.logExchange(x.told(), took)
+		if s.observe != nil {
+			s.observe(x.told().observed(took))
+		}
+	}()
+	ctx, cancel := context.WithTimeout(x.client, s.timeout)
+	defer cancel()
+	s.route(ctx, w, r, x)
+}
+
+// commonHeader sets what every answer has.
+func (s *server) commonHeader(w http.ResponseWriter, x *exchange) {
 	h := w.Header()
 	h.Set("X-Request-Id", x.id)
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Cache-Control", "no-store")
+}
 
+// route has a request answered, whatever happens.
+func (s *server) route(ctx context.Context, w http.ResponseWriter, r *http.Request, x *exchange) {
 	defer func() {
 		if p := recover(); p != nil {
 			if p == http.ErrAbortHandler { // net/http's own way out
@@ -147,15 +171,8 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 				s.refuse(w, x, refuse(api.Internal, "the instance of this problem is the request id under which the vault logged it"))
 			}
 		}
-		took := time.Since(began)
-		s.logExchange(r.Method, x, took)
-		if s.observe != nil {
-			s.observe(x.observed(r.Method, took))
-		}
 	}()
-
-	ctx, cancel := context.WithTimeout(context.WithValue(x.client, exchangeKey{}, x), s.timeout)
-	defer cancel()
+	ctx = context.WithValue(ctx, exchangeKey{}, x)
 	// The router sees the path as it was sent. Left alone it would see it decoded or
 	// not, depending on what is in it.
 	route := chi.NewRouteContext()
@@ -164,10 +181,18 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.router.ServeHTTP(w, r.WithContext(context.WithValue(ctx, chi.RouteCtxKey, route)))
 }
 
-func (x *exchange) observed(method string, took time.Duration) Exchange {
+// told is what is said of an exchange, of a capsule that was opened what was in it.
+func (x *exchange) told() *exchange {
+	if x.inside != nil {
+		return x.inside
+	}
+	return x
+}
+
+func (x *exchange) observed(took time.Duration) Exchange {
 	out := Exchange{Route: x.route, Status: x.status, Tenant: x.tenant, Took: took}
-	if slices.Contains(methods, method) {
-		out.Method = method
+	if slices.Contains(methods, x.method) {
+		out.Method = x.method
 	}
 	if r := x.refused; r != nil {
 		out.Problem = strings.TrimPrefix(r.problem.Type, api.ProblemPrefix)
@@ -181,13 +206,16 @@ func (x *exchange) observed(method string, took time.Duration) Exchange {
 // methods are those that any route has.
 var methods = []string{http.MethodGet, http.MethodPost, http.MethodPut, http.MethodDelete}
 
-func (s *server) logExchange(method string, x *exchange, took time.Duration) {
+func (s *server) logExchange(x *exchange, took time.Duration) {
 	level, status := slog.LevelInfo, x.status
 	attrs := []slog.Attr{
 		slog.String("route", x.route), slog.String("request_id", x.id), slog.Duration("duration", took),
 	}
-	if len(method) <= len(http.MethodOptions) { // any text can be a method
-		attrs = append(attrs, slog.String("method", method))
+	if x.relayed != nil {
+		attrs = append(attrs, slog.Bool("relayed", true))
+	}
+	if len(x.method) <= len(http.MethodOptions) { // any text can be a method
+		attrs = append(attrs, slog.String("method", x.method))
 	}
 	if x.tenant != "" {
 		attrs = append(attrs, slog.String("tenant", x.tenant))

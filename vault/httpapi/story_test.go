@@ -31,7 +31,7 @@ func TestStory(t *testing.T) {
 		t.Fatal(err)
 	}
 	owner := database.OwnerStore(t)
-	if err := owner.AddTenant(t.Context(), vault.Tenant{ID: tenant, Policy: noDelays()}); err != nil {
+	if err := owner.AddTenant(t.Context(), vault.Tenant{ID: tenant, DirectEnrolment: true, Policy: noDelays()}); err != nil {
 		t.Fatal(err)
 	}
 	if err := owner.AddTenantKey(t.Context(), tenant, vault.TenantKey{ID: kid, PublicKey: pkix(t, public)}); err != nil {
@@ -221,7 +221,7 @@ func TestDelays(t *testing.T) {
 	s := newService(t, nil)
 	policy := noDelays()
 	policy.Delays = []time.Duration{0, time.Hour}
-	s.tenants.set(nil, vault.Tenant{ID: tenant, Policy: policy, Keys: s.tenants.tenants[0].Keys})
+	s.tenants.set(nil, vault.Tenant{ID: tenant, DirectEnrolment: true, Policy: policy, Keys: s.tenants.tenants[0].Keys})
 	p := s.phone("anna")
 	p.enrol("right", nil)
 
@@ -266,7 +266,7 @@ func TestForeignState(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.tenants.set(nil, append(s.tenants.tenants, vault.Tenant{ID: "other", Policy: noDelays(), Keys: []vault.TenantKey{{ID: kid, PublicKey: pkix(t, public)}}})...)
+	s.tenants.set(nil, append(s.tenants.tenants, vault.Tenant{ID: "other", DirectEnrolment: true, Policy: noDelays(), Keys: []vault.TenantKey{{ID: kid, PublicKey: pkix(t, public)}}})...)
 	s.clock.advance(time.Minute)
 	request := s.newRequest(http.MethodGet, pathOf("anna", ""), "anna", nil)
 	request.Header.Set("Authorization", "Bearer "+signed(t, jwt.SigningMethodEdDSA, signer, kid, with(s.claimsFor("anna"), "iss", "other")))

@@ -55,6 +55,7 @@ type verifyingKey struct {
 	algorithm string // the only alg that its tokens may name (RFC 8725 §3.1)
 	public    any    // ed25519.PublicKey, *ecdsa.PublicKey or *rsa.PublicKey; nil: the key is unusable
 	policy    vault.Policy
+	direct    bool // the tenant's back end is trusted with passwords
 }
 
 // keyring caches the tenants' keys. A published map never changes.
@@ -135,7 +136,7 @@ func (k *keyring) parse(tenants []vault.Tenant, before map[keyName]*verifyingKey
 	for _, t := range tenants {
 		for _, stored := range t.Keys {
 			name := keyName{t.ID, stored.ID}
-			key := &verifyingKey{der: stored.PublicKey, policy: t.Policy}
+			key := &verifyingKey{der: stored.PublicKey, policy: t.Policy, direct: t.DirectEnrolment}
 			if old := before[name]; old != nil && bytes.Equal(old.der, stored.PublicKey) {
 				key.algorithm, key.public = old.algorithm, old.public
 			} else if err := key.parse(); err != nil {
