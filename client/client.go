@@ -19,8 +19,13 @@ import (
 
 // Config is what a Client is made of. All fields are required but those that name a default.
 type Config struct {
-	// Transport ends at the vault, or at somebody who is trusted with passwords.
+	// Transport ends at the vault, or at an app's back end that forwards to it GET /v1/vault and POST /v1/relay,
+	// the latter under a token of its own for the user if it likes.
 	Transport Transport
+	// Direct sends requests as they are, and not in capsules over the relay channel. Then the Transport must end at
+	// the vault, or at somebody who is trusted with passwords; and the vault takes enrolments only if its operator
+	// has declared the tenant direct-enrolment. It is for development, and for back ends that speak for their users.
+	Direct bool
 	// Fingerprint is what the vault is known by. It comes with the app, or from a
 	// person who read it off the vault; never from the connection that it is to check.
 	Fingerprint transcript.Fingerprint
@@ -47,6 +52,7 @@ type Config struct {
 // Client speaks to one vault for one user. It is safe for concurrent use.
 type Client struct {
 	transport    Transport
+	direct       bool
 	fingerprint  transcript.Fingerprint
 	tenant, user string
 	resource     string // escaped path of the user's backup key
@@ -87,7 +93,7 @@ func New(c Config) (*Client, error) {
 		c.Now = time.Now
 	}
 	return &Client{
-		transport: c.Transport, fingerprint: c.Fingerprint, tenant: c.Tenant, user: c.User,
+		transport: c.Transport, direct: c.Direct, fingerprint: c.Fingerprint, tenant: c.Tenant, user: c.User,
 		resource: "/v1/users/" + escapeSegment(c.User) + "/backup-key",
 		token:    &tokenCache{source: c.Token},
 		ksf:      c.KSF, random: c.Random, now: c.Now, serial: c.LastSerial,
@@ -111,8 +117,8 @@ func escapeSegment(s string) string {
 // Status is what the vault knows of the user's backup key. It charges nothing. The
 // generations are checked no further than that they could be decoded.
 //
-// Errors: ErrNotEnrolled, and those of every operation: ErrWrongVault, ErrStaleKeys,
-// ErrUnauthenticated, ErrForbidden, *RateLimitedError, ErrUnavailable, ErrBadResponse,
+// Errors: ErrNotEnrolled, and those of every operation: ErrWrongVault, ErrStaleKeys, ErrNoRelayKey,
+// ErrUnauthenticated, ErrForbidden, *RateLimitedError, ErrRelay, ErrUnavailable, ErrBadResponse,
 // *Problem, and the context's.
 func (c *Client) Status(ctx context.Context) (*api.Status, error) {
 	// Who the vault is comes first: not even the token goes to another one.

@@ -23,15 +23,22 @@
 //   - A recovery that has begun is finished, with random bytes for a proof where the
 //     password was wrong, so that whoever forwards the requests sees no difference and
 //     the vault knows at once how the attempt ended.
+//   - Requests travel in capsules (Oblivious HTTP, RFC 9458) that are sealed to a key which the pinned identity
+//     vouches for, against later quantum computers too, and answers come back sealed to the one request. Whoever
+//     forwards them, such as the app's own back end, sees the user's token, the time, and a size class that is
+//     the same for all operations; and cannot answer, alter or exchange anything. Only the vault's identity, which is
+//     public and signed, travels in the open.
 //   - The vault cannot ask for key stretching below a floor, which would make guessing
 //     cheap, nor above a ceiling, which would exhaust the device.
 //
 // # What it does not
 //
-// Answers to an enrolment are not signed. Whoever can answer in the vault's place, such
-// as an app's own back end that forwards the requests, can bring a device to make
-// a record that he can guess passwords from. So the transport must end at the vault
-// itself, or at somebody who is trusted with passwords.
+// On the direct route (Config.Direct) nothing of that holds for enrolments and password changes: whoever can answer in the
+// vault's place can bring a device to make a record that he can guess passwords from. The vault
+// refuses them there, unless the tenant is declared to trust its back end with passwords.
+//
+// Whoever forwards requests can hold them back, or send them again, which the vault takes for the same
+// request; and he can make the attempts that the vault allows to anybody who speaks for the user.
 //
 // Secrets are not wiped from memory: Go's runtime may have copied them. None of
 // them, and no token, appears in an error or when a value of this package is printed.

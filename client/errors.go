@@ -34,6 +34,14 @@ var (
 	ErrForbidden = errors.New("the vault refused: this key does not own the generation, or the token is another user's")
 	// ErrUnauthenticated: the vault takes no token that Config.Token returns.
 	ErrUnauthenticated = errors.New("the vault does not accept the token: sign in to the app again")
+	// ErrRelayRequired: an enrolment or a password change on the direct route (Config.Direct), which the vault does
+	// not take from this app.
+	ErrRelayRequired = errors.New("the vault takes enrolments of this app over the relay channel alone: leave the direct route, or have its operator declare the app's back end trusted with passwords")
+	// ErrNoRelayKey: the vault's signed list has no relay key that this version takes.
+	ErrNoRelayKey = errors.New("the vault offers no hybrid relay key: update the app or the vault")
+	// ErrRelay: a request was refused outside of its capsule, so perhaps not by the vault. An operation that has
+	// begun can be resumed.
+	ErrRelay = errors.New("the request was refused on its way: whoever forwards it must pass POST /v1/relay on as it is")
 	// ErrUnavailable: the vault could not be reached, or not in time, after several tries.
 	ErrUnavailable = errors.New("the vault is unavailable: try again later")
 	// ErrBadResponse: an answer that no vault of this version gives.
@@ -117,6 +125,8 @@ func (p *Problem) Unwrap() error {
 		return ErrKeyDestroyed
 	case api.Conflict:
 		return ErrConflict
+	case api.RelayRequired:
+		return ErrRelayRequired
 	case api.Forbidden:
 		return ErrForbidden
 	case api.Unauthenticated:
@@ -125,8 +135,8 @@ func (p *Problem) Unwrap() error {
 	return nil
 }
 
-// refusal makes an error of an answer that is no success.
-func refusal(r *Response) error {
+// problemOf reads an answer that is no success, as far as it is a problem.
+func problemOf(r *Response) *Problem {
 	p := &Problem{}
 	if json.Unmarshal(r.Body, &p.Problem) != nil {
 		p = &Problem{}
@@ -135,6 +145,12 @@ func refusal(r *Response) error {
 	if p.RetryAfter == nil {
 		p.RetryAfter = retryAfter(r)
 	}
+	return p
+}
+
+// refusal makes an error of an answer that is no success.
+func refusal(r *Response) error {
+	p := problemOf(r)
 	switch p.Type {
 	case api.WrongPassword:
 		if p.AttemptsLeft == nil || *p.AttemptsLeft < 0 {

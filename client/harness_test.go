@@ -106,7 +106,7 @@ func (s *service) jwt(user string, valid time.Duration) string {
 // config is that of a user's device.
 func (s *service) config(user string, transport client.Transport) client.Config {
 	return client.Config{
-		Transport: transport, Fingerprint: s.pin, Tenant: tenant, User: user,
+		Transport: transport, Direct: true, Fingerprint: s.pin, Tenant: tenant, User: user,
 		Token: func(context.Context) (string, error) { return s.jwt(user, 5*time.Minute), nil },
 	}
 }
@@ -116,6 +116,15 @@ func (s *service) device(user string) (*client.Client, *wire) {
 	s.t.Helper()
 	w := &wire{next: inProcess{s.handler}}
 	return newClient(s.t, s.config(user, w)), w
+}
+
+// relayed is device over the relay channel.
+func (s *service) relayed(user string) (*client.Client, *wire) {
+	s.t.Helper()
+	w := &wire{next: inProcess{s.handler}}
+	config := s.config(user, w)
+	config.Direct = false
+	return newClient(s.t, config), w
 }
 
 func newClient(t testing.TB, c client.Config) *client.Client {

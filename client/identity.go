@@ -12,6 +12,7 @@ import (
 	"filippo.io/nistec"
 
 	"github.com/backup-key-vault/bkv/api"
+	"github.com/backup-key-vault/bkv/ohttp"
 	"github.com/backup-key-vault/bkv/opaque"
 	"github.com/backup-key-vault/bkv/transcript"
 )
@@ -27,6 +28,7 @@ type vaultIdentity struct {
 	id         string
 	context    []byte // OPAQUE's context; not signed, but a false one only makes a login fail
 	serverKeys []opaque.PublicKey
+	relay      *ohttp.KeyConfig // nil on the direct route
 	serial     uint64
 	expires    time.Time
 }
@@ -34,7 +36,7 @@ type vaultIdentity struct {
 // identity returns the vault that the user pinned, from memory while its key list holds.
 // Nothing that matters to the user is sent before it has succeeded.
 //
-// Errors: ErrWrongVault, ErrStaleKeys, and those of send.
+// Errors: ErrWrongVault, ErrStaleKeys, ErrNoRelayKey, and those of send.
 func (c *Client) identity(ctx context.Context) (*vaultIdentity, error) {
 	c.mu.Lock()
 	v := c.vault
@@ -48,12 +50,20 @@ func (c *Client) identity(ctx context.Context) (*vaultIdentity, error) {
 func (c *Client) fetchIdentity(ctx context.Context) (*vaultIdentity, error) {
 	var answer api.Vault
 	request := &Request{Method: "GET", Path: "/v1/vault", Header: map[string]string{}}
-	if err := c.send(ctx, request, "", &answer); err != nil {
+	if err := c.send(ctx, request, "", nil, &answer); err != nil {
 		return nil, fmt.Errorf("asking for the vault's identity: %w", err)
 	}
 	v, err := verifyIdentity(&answer, c.fingerprint, c.now())
 	if err != nil {
 		return nil, err
+	}
+	if !c.direct {
+		if v.relay, err = relayKey(answer.Keys.Keys); err != nil {
+			return nil, err
+		}
+		if v.relay == nil {
+			return nil, ErrNoRelayKey
+		}
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/backup-key-vault/bkv/api"
+	"github.com/backup-key-vault/bkv/ohttp"
 )
 
 // Every request is made once and then sent as often as it takes: the same bytes,
@@ -34,26 +35,62 @@ func (c *Client) call(ctx context.Context, method, path string, body []byte, out
 	if body != nil {
 		r.Header["content-type"] = "application/json"
 	}
-	return c.send(ctx, r, token, out)
+	if c.direct {
+		return c.send(ctx, r, token, nil, out)
+	}
+	v, err := c.identity(ctx)
+	if err != nil {
+		return err
+	}
+	return c.send(ctx, r, token, v.relay, out)
 }
 
-// send is call for a request with this token, or with none if it is empty.
+var errNothing = errors.New("the transport returned neither an answer nor an error")
+
+// send is call for a request with this token, or with none if it is empty, in a capsule to this key, or as it is if that
+// is nil.
 //
 // Errors: the context's; ErrUnavailable after the last try; what refusal makes of an
-// answer; ErrBadResponse.
-func (c *Client) send(ctx context.Context, r *Request, token string, out any) error {
+// answer; ErrBadResponse; ErrRelay; when the relay key is fetched again, those of fetchIdentity.
+func (c *Client) send(ctx context.Context, r *Request, token string, key *ohttp.KeyConfig, out any) error {
 	r.Header["accept"] = "application/json"
-	for try, renewed := 1, false; ; try++ {
+	for try, renewed, refreshed := 1, false, false; ; try++ {
 		if token != "" {
 			r.Header["authorization"] = "Bearer " + token
 		}
-		response, err := c.transport.RoundTrip(ctx, r)
+		response, err := c.roundTrip(ctx, r, key)
 		wait := backoff(try)
+		var outside *outsideError
 		switch {
 		case err == nil && response == nil:
-			return errors.New("the transport returned neither an answer nor an error")
+			return errNothing
 		case err != nil && ctx.Err() != nil:
 			return ctx.Err()
+		case errors.Is(err, errRelayKey) && !refreshed:
+			v, err := c.fetchIdentity(ctx)
+			if err != nil {
+				return err
+			}
+			key, refreshed = v.relay, true
+			try-- // a key that ran out is no fault
+			continue
+		case errors.As(err, &outside) && outside.answer.Status == 401 && token != "" && !renewed:
+			if token, err = c.token.get(ctx, token); err != nil {
+				return err
+			}
+			renewed = true
+			try-- // as below
+			continue
+		case outside != nil:
+			p := outside.problem()
+			if !p.fault() {
+				return outside.refusal()
+			}
+			err = fmt.Errorf("%w: %w", ErrUnavailable, err)
+			if p.wait() > maxRetryAfter {
+				return err
+			}
+			wait += p.wait()
 		case err != nil:
 			err = fmt.Errorf("%w: %w", ErrUnavailable, err)
 		case len(response.Body) > MaxResponseBytes:

@@ -127,6 +127,14 @@ func TestStory(t *testing.T) {
 	phone, _ := s.device("alice")
 	tablet, _ := s.device("alice")
 	story(t, phone, tablet)
+	phone, wire := s.relayed("bob")
+	tablet, _ = s.relayed("bob")
+	story(t, phone, tablet)
+	for _, sent := range wire.take() {
+		if sent.step != "GET /v1/vault" && sent.step != "POST /v1/relay" {
+			t.Errorf("over the relay channel %s was sent", sent.step)
+		}
+	}
 }
 
 // The same over TLS, with a token that is a token and a database that is a database.
@@ -151,7 +159,9 @@ func TestStoryOnTokenAndPostgres(t *testing.T) {
 	}
 	defer transport.CloseIdleConnections()
 	user := "Zoë/%2F ?&#\\"
-	story(t, newClient(t, s.config(user, transport)), newClient(t, s.config(user, transport)))
+	relayed := s.config(user, transport)
+	relayed.Direct = false
+	story(t, newClient(t, s.config(user, transport)), newClient(t, relayed))
 }
 
 func TestUsersAreByteExact(t *testing.T) {

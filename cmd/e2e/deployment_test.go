@@ -132,13 +132,30 @@ func (d *deployment) mint(user string) (string, error) {
 	return token.SignedString(d.signer)
 }
 
-// device is a phone with the SDK.
+// device is a phone with the SDK, over the relay channel.
 func (d *deployment) device(t testing.TB, user string, transport client.Transport) *client.Client {
 	t.Helper()
-	c, err := client.New(client.Config{
+	return newClient(t, d.config(user, transport))
+}
+
+// direct is device without the relay channel.
+func (d *deployment) direct(t testing.TB, user string, transport client.Transport) *client.Client {
+	t.Helper()
+	c := d.config(user, transport)
+	c.Direct = true
+	return newClient(t, c)
+}
+
+func (d *deployment) config(user string, transport client.Transport) client.Config {
+	return client.Config{
 		Transport: transport, Fingerprint: d.pin, Tenant: tenant, User: user,
 		Token: func(context.Context) (string, error) { return d.mint(user) },
-	})
+	}
+}
+
+func newClient(t testing.TB, config client.Config) *client.Client {
+	t.Helper()
+	c, err := client.New(config)
 	if err != nil {
 		t.Fatal(err)
 	}

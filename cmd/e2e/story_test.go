@@ -50,7 +50,7 @@ func TestStoryLeavesNothingInTheLog(t *testing.T) {
 		second = "password-Pangolin-62"
 	)
 	tap := &wiretap{Transport: at(v)}
-	phone := func() *client.Client { return d.device(t, user, tap) }
+	phone := func() *client.Client { return d.direct(t, user, tap) } // what it sends can be read
 	var wrong *client.WrongPasswordError
 
 	if _, err := phone().Recover(ctx, first); !errors.Is(err, client.ErrNotEnrolled) {
@@ -78,6 +78,9 @@ func TestStoryLeavesNothingInTheLog(t *testing.T) {
 	}
 	if again, err := phone().Recover(ctx, second); err != nil || again.Key != enrolled.Key {
 		t.Fatalf("the new password: %v", err)
+	}
+	if again, err := d.device(t, user, at(v)).Recover(ctx, second); err != nil || again.Key != enrolled.Key {
+		t.Fatalf("over the relay channel: %v", err)
 	}
 	if err := phone().TurnOff(ctx, enrolled.Key); err != nil {
 		t.Fatal(err)
