@@ -585,11 +585,15 @@ func (r *Rotation) Destroy(ctx context.Context, key Key) error {
 	if err != nil {
 		return err
 	}
-	if table.Find(key) == nil {
+	row := table.Find(key)
+	if row == nil {
 		return &InvalidRequest{Field: "key", Reason: "there is no such key"}
 	}
 	if why := neverDestroyed(key); why != "" {
 		return refuse("key %v is never destroyed: %s", key, why)
+	}
+	if row.State == KeyCurrent {
+		return refuse("key %v is in use: rotate first", key)
 	}
 	if err := r.unneeded(ctx, key); err != nil {
 		return err

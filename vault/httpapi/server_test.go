@@ -280,7 +280,7 @@ func TestFaults(t *testing.T) {
 func TestTimeout(t *testing.T) {
 	soft := vaulttest.NewSoftToken()
 	token := &hangingToken{SoftToken: soft}
-	s := newServiceOver(t, soft, token, func(c *httpapi.Config) { c.RequestTimeout = 20 * time.Millisecond })
+	s := newServiceOver(t, soft, token, func(c *httpapi.Config) { c.RequestTimeout = 300 * time.Millisecond })
 	r := s.call("POST", "anna", "/enrolment", bodyRoutes(t, s.phone("anna"), &enrolment{})[0].body)
 	wantProblem(t, r, api.TokenUnavailable)
 }
