@@ -198,7 +198,7 @@ func TestServiceMayDoNothingElse(t *testing.T) {
 	defer conn.Close(t.Context())
 	var statements []string
 	for _, table := range []string{"accounts", "generations", "events", "unsealed_events", "event_seals", "audit_checkpoints", "audit_keys", "audit_log",
-		"tenants", "tenant_keys", "key_generations", "token_proofs", "schema_version"} {
+		"tenants", "tenant_keys", "key_generations", "token_proofs", "relay_seeds", "schema_version"} {
 		statements = append(statements, "DELETE FROM "+table, "TRUNCATE "+table, "DROP TABLE "+table,
 			"ALTER TABLE "+table+" ADD x integer")
 	}
@@ -208,7 +208,8 @@ func TestServiceMayDoNothingElse(t *testing.T) {
 		"events":          "at kind tenant pseudonym generation_id attempt reason request_id purpose key_generation operator detail login",
 		"unsealed_events": "id", "event_seals": "sequence event_id hash", "audit_log": "vault_id identity_key",
 		"audit_checkpoints": "sequence hash at key_generation signature", "audit_keys": "generation public_key signature",
-		"tenants":         "id max_attempts delays grace created_at",
+		"relay_seeds":     "generation made_at",
+		"tenants":         "id max_attempts delays grace created_at direct_enrolment",
 		"tenant_keys":     "tenant kid public_key created_at revoked_at",
 		"key_generations": "purpose generation created_at",
 		"token_proofs":    "token_serial purpose generation proved_at",

@@ -56,7 +56,7 @@ func TestRightsAreTheGoldenList(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := migrations.Rights()
-	if len(want) != 17 {
+	if len(want) != 18 {
 		t.Errorf("rights.txt has %d objects", len(want))
 	}
 	for object, rights := range want {
