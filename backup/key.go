@@ -35,6 +35,8 @@ const (
 	labelManifest       = "bkv/v1/manifest"
 	labelResticPassword = "bkv/v1/restic-password"
 	labelRclonePassword = "bkv/v1/rclone-password"
+	labelBlob           = "bkv/v1/blob"
+	labelWrap           = "bkv/v1/wrap"
 )
 
 // Key is a backup key. It prints as "[redacted]" and refuses to be marshalled.
@@ -77,15 +79,19 @@ func (k Key) RclonePassword() string {
 	return hex.EncodeToString(k.derive(32, labelRclonePassword))
 }
 
+func (k Key) derive(size int, label string, fields ...string) []byte {
+	return derive(k[:], size, label, fields...)
+}
+
 // derive is HKDF-SHA-256 with an info of label and fields, each with its length
 // before it as four bytes, big endian, so that no two lists of fields are the same info.
-func (k Key) derive(size int, label string, fields ...string) []byte {
+func derive(secret []byte, size int, label string, fields ...string) []byte {
 	var info []byte
 	for _, f := range append([]string{label}, fields...) {
 		info = binary.BigEndian.AppendUint32(info, uint32(len(f)))
 		info = append(info, f...)
 	}
-	out, err := hkdf.Key(sha256.New, k[:], nil, string(info), size)
+	out, err := hkdf.Key(sha256.New, secret, nil, string(info), size)
 	if err != nil {
 		// It fails for more than 255 hashes of output (RFC 5869 §2.3), which no
 		// caller asks for: size never comes from input.
