@@ -22,14 +22,14 @@ import (
 //	state     seals what lives an hour; the older one is destroyed after that, by itself
 //	oprf,     part of what a record was made with, and cannot be exchanged: it serves until its last
 //	server    record is gone
-//	relay     serves until the key lists that name it have expired
+//	relay     serves until the key lists that name it have expired; the older one is destroyed after that, by itself
 //	audit     signs what is to come; what it signed is verified without it
 //	identity  is what clients pin: it does not rotate
 //
 // The table of keys (KeyStore) says which generation is in use. It is not trusted to
 // name keys: what a token holds is compared with the proof in the table. Whoever can write to
 // the table can have an older key used that still exists, or a rotation left out; keys are only destroyed at an
-// operator's command, but for state, and never those in use.
+// operator's command, but for state and relay, and never those in use.
 
 const (
 	// claimLifetime is how long an instance that makes a key is taken to live.
@@ -41,6 +41,8 @@ const (
 	sealsLimit   = 1 << 32
 	// stateMargin is beyond what states live: for instances that were late to notice a rotation.
 	stateMargin = 15 * time.Minute
+	// refusalsReportedEvery keeps the log readable while a rotation that is due waits for people.
+	refusalsReportedEvery = time.Hour
 )
 
 // keptRetired is the least time between a key's retirement and its destruction.
@@ -75,6 +77,8 @@ type RotationConfig struct {
 	Log   *slog.Logger
 	// StateEvery is how long a state key is used; 0: 30 days.
 	StateEvery time.Duration
+	// RelayEvery is how long a relay key is used; 0: 30 days.
+	RelayEvery time.Duration
 	// RewrapsPerSecond bounds how many accounts this instance rewraps; 0: 200.
 	RewrapsPerSecond int
 	// SyncEvery is how often the table is read; 0: 5 seconds.
@@ -95,8 +99,9 @@ type Rotation struct {
 
 	moved, unmoved atomic.Uint64 // accounts, by Rewrap here
 
-	operator sync.Mutex    // held by Rotate and Destroy: one at a time
-	wake     chan struct{} // a rewrap may be due
+	refused  map[string]time.Time // when a due rotation of a purpose was last reported as refused; Run's
+	operator sync.Mutex           // held by Rotate and Destroy: one at a time
+	wake     chan struct{}        // a rewrap may be due
 
 	mu       sync.Mutex // held while in step is being kept; guards all below
 	reported map[Key]uint64
@@ -112,13 +117,16 @@ func NewRotation(c RotationConfig) (*Rotation, error) {
 	if c.StateEvery == 0 {
 		c.StateEvery = 30 * 24 * time.Hour
 	}
+	if c.RelayEvery == 0 {
+		c.RelayEvery = 30 * 24 * time.Hour
+	}
 	if c.RewrapsPerSecond == 0 {
 		c.RewrapsPerSecond = 200
 	}
 	if c.SyncEvery == 0 {
 		c.SyncEvery = 5 * time.Second
 	}
-	if c.StateEvery < 0 || c.RewrapsPerSecond < 0 || c.SyncEvery < 0 {
+	if c.StateEvery < 0 || c.RelayEvery < 0 || c.RewrapsPerSecond < 0 || c.SyncEvery < 0 {
 		return nil, errors.New("a rotation's times and rates must be positive")
 	}
 	if c.Log == nil {
@@ -128,7 +136,7 @@ func NewRotation(c RotationConfig) (*Rotation, error) {
 	_, _ = rand.Read(id[:]) // crypto/rand never fails: it ends the process first
 	return &Rotation{
 		store: c.Store, token: c.Token, vault: c.Vault, log: c.Log, config: c, instance: hex.EncodeToString(id[:]),
-		wake: make(chan struct{}, 1), reported: map[Key]uint64{}, told: map[Key]bool{},
+		wake: make(chan struct{}, 1), reported: map[Key]uint64{}, told: map[Key]bool{}, refused: map[string]time.Time{},
 	}, nil
 }
 
@@ -139,7 +147,7 @@ func (r *Rotation) Start(ctx context.Context) error {
 	return err
 }
 
-// Run keeps in step, rotates state on its schedule and rewraps, until ctx is over. It then reports the last seals.
+// Run keeps in step, rotates state and relay on their schedules and rewraps, until ctx is over. It then reports the last seals.
 func (r *Rotation) Run(ctx context.Context) {
 	var rewrapper sync.WaitGroup
 	rewrapper.Go(func() { r.rewrapWhenDue(ctx) })
@@ -169,30 +177,59 @@ func (r *Rotation) tick(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	due := func(t *KeyTable) bool {
-		current := t.Current(purposeState)
-		return current == nil || !r.holds(current.Key) || !t.Now.Before(current.CurrentSince.Add(r.config.StateEvery))
+	for _, purpose := range []string{purposeState, purposeRelay} {
+		if err := r.keepSchedule(ctx, table, purpose); err != nil {
+			return err
+		}
 	}
-	if due(table) {
-		key, err := r.rotate(ctx, purposeState, due)
+	return nil
+}
+
+// dueAt is when a key is to rotate by itself; ok is false if it does not.
+func (r *Rotation) dueAt(current *KeyGeneration) (due time.Time, ok bool) {
+	switch current.Purpose {
+	case purposeState:
+		return current.CurrentSince.Add(r.config.StateEvery), true
+	case purposeRelay:
+		return current.CurrentSince.Add(r.config.RelayEvery), true
+	}
+	return time.Time{}, false
+}
+
+// keepSchedule rotates a purpose's key if it is time, and destroys those that nobody can need any more.
+func (r *Rotation) keepSchedule(ctx context.Context, table *KeyTable, purpose string) error {
+	isDue := func(t *KeyTable) bool {
+		current := t.Current(purpose)
+		if current == nil || !r.holds(current.Key) {
+			return true
+		}
+		due, ok := r.dueAt(current)
+		return ok && !t.Now.Before(due)
+	}
+	if isDue(table) {
+		key, err := r.rotate(ctx, purpose, isDue)
 		var refused *KeyRefusal
 		switch {
 		case errors.As(err, &refused):
-			r.log.WarnContext(ctx, "the state key is due for rotation", "refused", refused.Reason)
+			// With several tokens it stays so until the next ceremony; the status says so, too.
+			if time.Since(r.refused[purpose]) > refusalsReportedEvery {
+				r.refused[purpose] = time.Now()
+				r.log.WarnContext(ctx, "a key is due for rotation", "purpose", purpose, "refused", refused.Reason)
+			}
 		case err != nil:
-			return fmt.Errorf("rotating the state key: %w", err)
+			return fmt.Errorf("rotating the %s key: %w", purpose, err)
 		default:
-			r.log.InfoContext(ctx, "the state key was rotated on schedule", "key", key.String())
+			r.log.InfoContext(ctx, "a key was rotated on schedule", "key", key.String())
 		}
 	}
 	for i := range table.Keys {
 		g := &table.Keys[i]
-		over := g.State == KeyClosing || g.State == KeyRetired && !table.Now.Before(g.RetiredAt.Add(keptRetired(purposeState)))
-		if g.Purpose != purposeState || !over || !r.holds(g.Key) {
+		over := g.State == KeyClosing || g.State == KeyRetired && !table.Now.Before(g.RetiredAt.Add(keptRetired(purpose)))
+		if g.Purpose != purpose || !over || !r.holds(g.Key) {
 			continue
 		}
 		if err := r.Destroy(ctx, g.Key); err != nil {
-			return fmt.Errorf("destroying the old state key: %w", err)
+			return fmt.Errorf("destroying the old %s key: %w", purpose, err)
 		}
 	}
 	return nil
@@ -935,6 +972,10 @@ func (r *Rotation) Status(ctx context.Context) (*KeyStatus, error) {
 		}
 		if g.Seals >= sealsWarning && g.State == KeyCurrent {
 			s.Warnings = append(s.Warnings, fmt.Sprintf("key %v has made %d of the %d seals that it may make: rotate it", g.Key, g.Seals, uint64(sealsLimit)))
+		}
+		if due, ok := r.dueAt(&g); ok && g.State == KeyCurrent && table.Now.After(due.Add(time.Minute)) {
+			s.Warnings = append(s.Warnings, fmt.Sprintf("key %v was due for rotation at %s: see the log for why it did not rotate by itself; with several tokens, make the next in a ceremony",
+				g.Key, due.UTC().Format(time.RFC3339)))
 		}
 		if missing := table.ready(&g); g.State == KeyMade && len(missing) > 0 {
 			s.Warnings = append(s.Warnings, fmt.Sprintf("key %v is not in token %v yet", g.Key, missing))

@@ -625,6 +625,68 @@ func TestStateRotatesOnSchedule(t *testing.T) {
 	}
 }
 
+// The relay key rotates on its schedule as well, and the old one is destroyed when no key list can name it any more.
+func TestRelayRotatesOnSchedule(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	n := s.start(t, nil)
+	first, second := vault.Key{Purpose: "relay", Generation: 1}, vault.Key{Purpose: "relay", Generation: 2}
+	tick := func() {
+		t.Helper()
+		if err := n.rotation.Tick(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tick()
+	if n.keys.Newest("relay") != 1 {
+		t.Fatal("rotated before its time")
+	}
+	s.db.Exec(t, `UPDATE key_generations SET current_since = current_since - interval '31 days' WHERE purpose = 'relay'`)
+	tick()
+	tick()
+	if n.keys.Newest("relay") != 2 || n.keys.Newest("state") != 1 || n.key(t, first).State != vault.KeyRetired || n.key(t, second).State != vault.KeyCurrent {
+		t.Fatalf("%+v, %+v", n.key(t, first), n.key(t, second))
+	}
+	s.db.Exec(t, `UPDATE key_generations SET retired_at = retired_at - interval '6 days' WHERE purpose = 'relay' AND generation = 1`)
+	tick()
+	if n.key(t, first).State != vault.KeyRetired {
+		t.Error("destroyed while a key list may name it")
+	}
+	s.db.Exec(t, `UPDATE key_generations SET retired_at = retired_at - interval '2 days' WHERE purpose = 'relay' AND generation = 1`)
+	tick()
+	if n.key(t, first).State != vault.KeyDestroyed || slices.Contains(s.labels(t), "bkv/relay/1") {
+		t.Errorf("the old key is still there: %+v", n.key(t, first))
+	}
+}
+
+// With two tokens, what is due waits for a ceremony: nothing fails, and the status says so.
+func TestScheduleWaitsForACeremony(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	n := s.start(t, nil)
+	s.db.Exec(t, `INSERT INTO token_proofs (token_serial, purpose, generation) VALUES ('elsewhere', 'relay', 1), ('elsewhere', 'state', 1)`)
+	s.db.Exec(t, `UPDATE key_generations SET current_since = current_since - interval '31 days' WHERE purpose IN ('relay', 'state')`)
+	for range 3 {
+		if err := n.rotation.Tick(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	status, err := n.rotation.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range []string{"state/1", "relay/1"} {
+		if !slices.ContainsFunc(status.Warnings, func(w string) bool {
+			return strings.HasPrefix(w, "key "+key+" was due for rotation at ") && strings.Contains(w, "make the next in a ceremony")
+		}) {
+			t.Errorf("no warning of %s: %q", key, status.Warnings)
+		}
+	}
+	if n.keys.Newest("relay") != 1 || n.keys.Newest("state") != 1 {
+		t.Error("rotated to a key that the other token does not hold")
+	}
+}
+
 // otherToken is the same keys under another serial number, as a ceremony makes them, without those that are hidden.
 type otherToken struct {
 	vault.KeyToken

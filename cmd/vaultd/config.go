@@ -27,6 +27,7 @@ type config struct {
 	Sweep       time.Duration     `name:"sweep-every" default:"10s" env:"BKV_SWEEP_EVERY" placeholder:"DURATION" help:"How often keys that are used up, or past their grace, are looked for and destroyed."`
 	Stop        time.Duration     `name:"stop-within" default:"20s" env:"BKV_STOP_WITHIN" placeholder:"DURATION" help:"How long a stop waits for running requests."`
 	StateKey    time.Duration     `name:"rotate-state-every" default:"720h" env:"BKV_ROTATE_STATE_EVERY" placeholder:"DURATION" help:"How long one key seals the states that clients carry between two requests; the next one is made by itself, and the old one destroyed when no state under it can be valid any more. At most 720h."`
+	RelayKey    time.Duration     `name:"rotate-relay-every" default:"720h" env:"BKV_ROTATE_RELAY_EVERY" placeholder:"DURATION" help:"How long one relay key is used; the next one is made by itself, and the old one destroyed when no signed key list that names it is valid any more. At most 8760h."`
 	Rewraps     int               `name:"rewraps-per-second" default:"200" env:"BKV_REWRAPS_PER_SECOND" placeholder:"N" help:"Most records that are moved to a new master or mac key in a second, after a rotation."`
 	Checkpoints time.Duration     `name:"checkpoint-every" default:"10s" env:"BKV_CHECKPOINT_EVERY" placeholder:"DURATION" help:"Least time between two signed checkpoints of the audit log. Events are sealed within a second or two; what is not signed yet, whoever can write to the database can still change unseen."`
 	LogLevel    string            `default:"info" env:"BKV_LOG_LEVEL" placeholder:"LEVEL" help:"debug, info, warn or error. Logs are JSON lines on standard error; they never hold bodies, tokens, PINs or user ids."`
@@ -69,6 +70,9 @@ func (c *config) Validate() error {
 	}
 	if c.StateKey < time.Minute || c.StateKey > 720*time.Hour {
 		report("--rotate-state-every: want 1m to 720h, got %v", c.StateKey)
+	}
+	if c.RelayKey < time.Minute || c.RelayKey > 8760*time.Hour {
+		report("--rotate-relay-every: want 1m to 8760h, got %v", c.RelayKey)
 	}
 	if c.Rewraps < 1 || c.Rewraps > 1_000_000 {
 		report("--rewraps-per-second: want 1 to 1000000, got %d", c.Rewraps)

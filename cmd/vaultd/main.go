@@ -95,7 +95,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		weakness = []string{w}
 	}
 	rotation, err := vault.NewRotation(vault.RotationConfig{
-		Store: db, Token: keys, Vault: v, Log: log, StateEvery: c.StateKey, RewrapsPerSecond: c.Rewraps, Warnings: weakness,
+		Store: db, Token: keys, Vault: v, Log: log, StateEvery: c.StateKey, RelayEvery: c.RelayKey, RewrapsPerSecond: c.Rewraps, Warnings: weakness,
 	})
 	if err != nil {
 		return err
