@@ -115,8 +115,8 @@ func (p Profile) Weakness() string {
 	if p.ECDH != ECDHInMemory {
 		return ""
 	}
-	return "lower assurance (ecdh in-memory): the OPRF, server and relay keys pass through this process's memory each time that they are used; " +
-		"whoever controls vaultd or reads its memory once can carry them away with all records, and then guess passwords offline, without the token and its counter"
+	return "lower assurance (ecdh in-memory): the OPRF, server and relay keys pass through vaultd's memory each time that they are used; " +
+		"whoever controls it or reads that memory once can carry them away with all records, and then guess passwords offline, without the token and its counter"
 }
 
 // check names everything that is wrong, by the members of the file, in one line.
