@@ -67,6 +67,7 @@ func TestCheckRefuses(t *testing.T) {
 		{"another point", []tokentest.Setting{tokentest.OtherPoint}, nil, []string{"ECDH", "profile"}},
 		{"another point now and then", []tokentest.Setting{tokentest.OtherPoint, tokentest.LieEvery(7)}, nil, []string{"whole points"}},
 		{"extraction", []tokentest.Setting{tokentest.Extraction}, nil, []string{"reading CKA_VALUE", "wrapping keys out"}},
+		{"write protection", []tokentest.Setting{tokentest.WriteProtected}, nil, []string{"token"}},
 		{"duplicates", []tokentest.Setting{tokentest.Duplicates}, nil, []string{"look-up by label"}},
 		{"signatures", []tokentest.Setting{tokentest.BadSignatures}, nil, []string{"HMAC-SHA-256", "ECDSA"}},
 		{"random numbers", []tokentest.Setting{tokentest.SameRandom}, nil, []string{"random numbers"}},

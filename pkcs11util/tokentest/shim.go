@@ -59,6 +59,8 @@ var (
 
 	PINLocked = Setting{"pin_locked", 1} // C_GetTokenInfo says so
 
+	WriteProtected = Setting{"write_protected", 1} // C_GetTokenInfo says so
+
 	VendorKDF = Setting{"vendor_kdf", 1} // CKM_ECDH1_DERIVE with CKD_NULL: CKR_MECHANISM_PARAM_INVALID
 
 	PointRaw     = Setting{"point_out", 1} // CKA_EC_POINT reads as 65 bytes

@@ -25,6 +25,7 @@ SETTING(duplicates)        /* 1: C_FindObjects names each object twice */
 SETTING(bad_signature)     /* 1: one bit of what C_Sign makes is wrong */
 SETTING(same_random)       /* 1: C_GenerateRandom gives the same each time */
 SETTING(pin_locked)        /* 1: C_GetTokenInfo says that the user's PIN is locked */
+SETTING(write_protected)   /* 1: C_GetTokenInfo says that the token is */
 SETTING(hidden_1)          /* mechanisms that the token does not have */
 SETTING(hidden_2)
 SETTING(hidden_3)

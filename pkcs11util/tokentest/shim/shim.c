@@ -50,7 +50,7 @@ enum {
 	CKR_BUFFER_TOO_SMALL = 0x150,
 	CKA_CLASS = 0, CKA_VALUE = 0x11, CKA_KEY_TYPE = 0x100, CKA_SENSITIVE = 0x103, CKA_VALUE_LEN = 0x161, CKA_EC_POINT = 0x181,
 	CKM_ECDH1_DERIVE = 0x1050, CKM_AES_CTR = 0x1086, CKM_AES_GCM = 0x1087,
-	CKD_NULL = 1, CKF_SERIAL_SESSION = 4, CKF_USER_PIN_LOCKED = 0x40000,
+	CKD_NULL = 1, CKF_SERIAL_SESSION = 4, CKF_USER_PIN_LOCKED = 0x40000, CKF_WRITE_PROTECTED = 2,
 };
 
 enum {
@@ -371,6 +371,8 @@ static ulong do_C_GetTokenInfo(ulong slot, struct token *info)
 	ulong rv = real->C_GetTokenInfo(slot, info);
 	if (rv == CKR_OK && SET(pin_locked))
 		info->flags |= CKF_USER_PIN_LOCKED;
+	if (rv == CKR_OK && SET(write_protected))
+		info->flags |= CKF_WRITE_PROTECTED;
 	return rv;
 }
 
