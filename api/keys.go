@@ -43,6 +43,9 @@ type ForgottenToken struct {
 	Token string `json:"token"`
 }
 
+// OperatorHeader names who asks on the admin listener, for the audit log. It is believed only where no certificate says who it is.
+const OperatorHeader = "BKV-Operator"
+
 // AuditStatus is how far the audit log is sealed, as one vaultd knows it. Sealed and Signed are the sequence numbers of the last
 // event that was sealed and of the newest checkpoint. LagSeconds is how long the oldest of the waiting events has waited. Fault
 // is empty unless the log is not as the vault wrote it; only the instance that seals looks.

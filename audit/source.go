@@ -1,10 +1,12 @@
 package audit
 
 import (
+	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
-	"slices"
+	"math"
 
 	"github.com/backup-key-vault/bkv/transcript"
 )
@@ -58,7 +60,7 @@ func VerifySource(ctx context.Context, src Source, log Log, want transcript.Fing
 	for _, err := range uncertified {
 		v.find(0, 0, "%v", err)
 	}
-	err = walk(ctx, src, 0, func(e *Sealed) error { v.Event(e); return nil }, func(c *Checkpoint) error { v.Checkpoint(c); return nil }, progress)
+	err = walk(ctx, src, 0, math.MaxInt64, func(e *Sealed) error { v.Event(e); return nil }, func(c *Checkpoint) error { v.Checkpoint(c); return nil }, progress)
 	if err != nil {
 		return nil, err
 	}
@@ -84,10 +86,10 @@ func VerifySource(ctx context.Context, src Source, log Log, want transcript.Fing
 	return result, nil
 }
 
-// walk goes through the sealed events after a sequence number and the checkpoints between them.
-func walk(ctx context.Context, src Source, after uint64, event func(*Sealed) error, checkpoint func(*Checkpoint) error, progress func(uint64)) error {
+// walk goes through the sealed events after a sequence number and up to another, and the checkpoints between them.
+func walk(ctx context.Context, src Source, after, until uint64, event func(*Sealed) error, checkpoint func(*Checkpoint) error, progress func(uint64)) error {
 	signed := after // sequence number of the last checkpoint that was given
-	for {
+	for after < until {
 		events, err := src.SealedEvents(ctx, after, sourcePage)
 		if err != nil {
 			return err
@@ -112,6 +114,9 @@ func walk(ctx context.Context, src Source, after uint64, event func(*Sealed) err
 		}
 		for i := range events {
 			e := &events[i]
+			if e.Sequence > until {
+				return nil
+			}
 			for len(checkpoints) > 0 && checkpoints[0].Sequence < e.Sequence {
 				if err := checkpoint(&checkpoints[0]); err != nil {
 					return err
@@ -133,55 +138,52 @@ func walk(ctx context.Context, src Source, after uint64, event func(*Sealed) err
 			progress(after)
 		}
 	}
+	return nil
 }
 
-// Export writes the log in a database, or what follows a checkpoint of it, and returns the newest checkpoint and how far it went. It
-// does not verify; but what it cannot write, because it is not there, is an error.
-func Export(ctx context.Context, src Source, log Log, start *Checkpoint, w io.Writer, progress func(sequence uint64)) (newest *Checkpoint, last uint64, err error) {
+// Export writes the log in a database up to a checkpoint of it, from the beginning or, if start is not nil, from an earlier
+// checkpoint. It does not verify; but what it cannot write, because it is not there, is an error.
+func Export(ctx context.Context, src Source, log Log, start, end *Checkpoint, w io.Writer, progress func(sequence uint64)) error {
+	out := bufio.NewWriter(w)
 	write := func(v any) error {
 		line, err := EncodeLine(v)
 		if err != nil {
 			return err
 		}
-		_, err = w.Write(line)
+		_, err = out.Write(line)
 		return err
 	}
 	keys, err := src.AuditKeys(ctx)
 	if err != nil {
-		return nil, 0, err
+		return err
 	}
 	if err := write(&log); err != nil {
-		return nil, 0, err
+		return err
 	}
 	for i := range keys {
 		if err := write(&keys[i]); err != nil {
-			return nil, 0, err
+			return err
 		}
 	}
+	var last uint64
 	if start != nil {
-		newest, last = start, start.Sequence
+		last = start.Sequence
 		if err := write(start); err != nil {
-			return nil, 0, err
+			return err
 		}
 	}
-	known := func(generation uint32) bool {
-		return slices.ContainsFunc(keys, func(k Key) bool { return k.Generation == generation })
-	}
-	err = walk(ctx, src, last, func(e *Sealed) error {
+	err = walk(ctx, src, last, end.Sequence, func(e *Sealed) error {
 		if e.Sequence != last+1 || e.ID == 0 {
 			return fmt.Errorf("event %d is missing: the log was tampered with; verify it, and export what a backup of the database has", last+1)
 		}
 		last = e.Sequence
 		return write(e)
-	}, func(c *Checkpoint) error {
-		if !known(c.KeyGeneration) {
-			return nil // the key rotated after the export began
-		}
-		newest = c
-		return write(c)
-	}, progress)
+	}, func(c *Checkpoint) error { return write(c) }, progress)
 	if err != nil {
-		return nil, 0, err
+		return err
 	}
-	return newest, last, write(&End{last})
+	if last < end.Sequence {
+		return fmt.Errorf("event %d is missing: the log was tampered with; verify it, and export what a backup of the database has", last+1)
+	}
+	return errors.Join(write(&End{last}), out.Flush())
 }

@@ -10,8 +10,9 @@ import (
 // Finding is something that is wrong with a log, and where.
 type Finding struct {
 	// First and Last are the sequence numbers that it is about; 0: no event's.
-	First, Last uint64
-	What        string
+	First uint64 `json:"first"`
+	Last  uint64 `json:"last"`
+	What  string `json:"what"`
 }
 
 func (f Finding) String() string {
@@ -27,10 +28,11 @@ func (f Finding) String() string {
 
 // Result is what a verification came to.
 type Result struct {
-	After, Last uint64      // events After+1 to Last were looked at
-	Newest      *Checkpoint // the newest that verifies and fits; nil: none
-	Findings    []Finding   // by place where they have one; none: the log is proved up to Newest
-	More        int         // findings beyond maxFindings
+	After, Last   uint64      // events After+1 to Last were looked at
+	Newest        *Checkpoint // the newest that verifies and fits; nil: none
+	UnsignedSince time.Time   // when the oldest event after Newest happened; zero: there is none
+	Findings      []Finding   // by place where they have one; none: the log is proved up to Newest
+	More          int         // findings beyond maxFindings
 }
 
 // Bounds of what a Verifier keeps, whatever it is fed.
@@ -136,6 +138,9 @@ func (v *Verifier) Event(e *Sealed) {
 		v.ahead = nil // its event is among the missing
 	}
 	v.result.Last = e.Sequence
+	if since := v.result.UnsignedSince; e.ID != 0 && (since.IsZero() || e.At.Before(since)) {
+		v.result.UnsignedSince = e.At
+	}
 	switch computed := Next(v.previous, e.Sequence, &e.Event); {
 	case e.ID == 0:
 		v.settle()
@@ -272,7 +277,7 @@ func (v *Verifier) Checkpoint(c *Checkpoint) {
 		switch {
 		case c.Hash == v.previous:
 			kept := *c
-			v.result.Newest, v.diverged = &kept, false
+			v.result.Newest, v.result.UnsignedSince, v.diverged = &kept, time.Time{}, false
 		case v.edited != nil && c.Hash == v.computed:
 			v.hashChanged()
 		case !v.explained():

@@ -151,7 +151,8 @@ func (s *Sequencer) Status() AuditStatus {
 	return s.status
 }
 
-// Run seals what waits, every second, until ctx is over. It then gives up the lease, so that another instance goes on at once.
+// Run seals what waits, every second, until ctx is over. It then seals and signs what is left, and gives up the lease, so that another
+// instance goes on at once.
 func (s *Sequencer) Run(ctx context.Context) {
 	ticker := time.NewTicker(sealEvery)
 	defer ticker.Stop()
@@ -171,6 +172,9 @@ func (s *Sequencer) Run(ctx context.Context) {
 	}
 	leaving, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
+	if err := s.round(leaving, true); err != nil {
+		s.log.ErrorContext(leaving, "sealing the last events", "error", err)
+	}
 	if err := s.Release(leaving); err != nil {
 		s.log.ErrorContext(leaving, "giving up the audit log's lease", "error", err)
 	}
@@ -188,7 +192,10 @@ func (s *Sequencer) Release(ctx context.Context) error {
 // short anywhere, and called again after any error.
 //
 // Errors: AuditFault, ErrStoreUnavailable, ErrTokenUnavailable.
-func (s *Sequencer) Seal(ctx context.Context) error {
+func (s *Sequencer) Seal(ctx context.Context) error { return s.round(ctx, false) }
+
+// round is Seal. The last one does not wait for a checkpoint to be due.
+func (s *Sequencer) round(ctx context.Context, last bool) error {
 	s.working.Lock()
 	defer s.working.Unlock()
 	state, err := s.read(ctx)
@@ -208,7 +215,7 @@ func (s *Sequencer) Seal(ctx context.Context) error {
 	if state.Now.Before(s.retry) {
 		return nil // a fault was found, and reported
 	}
-	err = s.seal(ctx, &state)
+	err = s.seal(ctx, &state, last)
 	var fault *AuditFault
 	if errors.As(err, &fault) {
 		s.retry = state.Now.Add(faultPause)
@@ -271,7 +278,7 @@ func (s *Sequencer) own() (audit.Log, error) {
 }
 
 // seal goes on from the head that state has, after proving it.
-func (s *Sequencer) seal(ctx context.Context, state *AuditState) error {
+func (s *Sequencer) seal(ctx context.Context, state *AuditState, last bool) error {
 	own, err := s.own()
 	if err != nil {
 		return err
@@ -319,6 +326,10 @@ func (s *Sequencer) seal(ctx context.Context, state *AuditState) error {
 		if len(events) < sealBatch {
 			break
 		}
+	}
+	c := state.Newest
+	if state.Sequence == 0 || c != nil && (c.Sequence == state.Sequence || !last && state.Now.Before(c.At.Add(s.every))) {
+		return nil
 	}
 	return s.checkpoint(ctx, state)
 }
@@ -410,12 +421,8 @@ func (s *Sequencer) loadKeys(ctx context.Context, log *audit.Log) error {
 	return nil
 }
 
-// checkpoint signs the head, if the last checkpoint is old enough and not at it.
+// checkpoint signs the head.
 func (s *Sequencer) checkpoint(ctx context.Context, state *AuditState) error {
-	if state.Sequence == 0 || state.Newest != nil &&
-		(state.Newest.Sequence == state.Sequence || state.Now.Before(state.Newest.At.Add(s.every))) {
-		return nil
-	}
 	generation := s.token.Newest(purposeAudit)
 	if err := s.certify(ctx, state.Log, generation); err != nil {
 		return err

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/rsa"
@@ -10,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/user"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -24,6 +26,26 @@ import (
 // ownerDatabase is the database as the role that owns its tables.
 type ownerDatabase struct {
 	Database settings.Database `embed:"" prefix:"database-"`
+}
+
+// operatorName is who the audit log says did it.
+type operatorName struct {
+	Operator string `env:"BKV_OPERATOR" placeholder:"NAME" help:"Who does this, for the audit log, at most 256 bytes. Default: your login's name and this machine's."`
+}
+
+// as has what is done under the context be this operator's.
+func (o operatorName) as(ctx context.Context) context.Context {
+	if o.Operator != "" {
+		return vault.WithOperator(ctx, o.Operator)
+	}
+	login, host := "unknown", "unknown"
+	if u, err := user.Current(); err == nil {
+		login = u.Username
+	}
+	if h, err := os.Hostname(); err == nil {
+		host = h
+	}
+	return vault.WithOperator(ctx, login+"@"+host)
 }
 
 func (o *ownerDatabase) url() (string, error) {
@@ -65,6 +87,7 @@ func (c *migrateCommand) Run(e *environment) error {
 
 type tenantCommand struct {
 	Add    tenantAddCommand    `cmd:"" help:"Add a tenant."`
+	Policy tenantPolicyCommand `cmd:"" help:"Change a tenant's policy. It holds for what its users enrol from then on; keys that are enrolled keep theirs."`
 	List   tenantListCommand   `cmd:"" help:"List tenants, their policies and keys."`
 	Direct tenantDirectCommand `cmd:"" name:"direct" help:"Declare whether the tenant's back end is trusted with passwords."`
 	Key    struct {
@@ -73,22 +96,33 @@ type tenantCommand struct {
 	} `cmd:"" help:"Add and revoke a tenant's keys."`
 }
 
-type tenantAddCommand struct {
-	ownerDatabase
-	Tenant      string        `arg:"" help:"The tenant's id: the issuer of its tokens. 1 to 64 of a-z, 0-9, '.', '_', '-'."`
+// tenantPolicy is what a tenant allows its users' accounts.
+type tenantPolicy struct {
 	MaxAttempts int           `default:"10" placeholder:"N" help:"Attempts without a success before a key is destroyed: 1 to 10."`
 	Delays      string        `placeholder:"LIST" help:"Least time before each attempt since the last success, by number, as durations with commas between; 'none' for no delays (tests only). Default: 0,0,0,0,1m,5m,15m,1h,4h,24h."`
-	Direct      bool          `name:"direct-enrolment" help:"Also take enrolments and password changes that do not come over the relay channel. The back end of the app can then answer them in the vault's place and learn passwords from it: only for development, or where the back end is trusted with passwords."`
 	Grace       time.Duration `default:"168h" placeholder:"DURATION" help:"How long a generation that was replaced or turned off without its owner's proof can still be recovered."`
 }
 
-func (c *tenantAddCommand) Run(e *environment) error {
+func (c *tenantPolicy) read() (vault.Policy, error) {
 	policy := vault.DefaultPolicy()
 	policy.MaxAttempts, policy.Grace = c.MaxAttempts, c.Grace
 	var err error
 	if policy.Delays, err = parseDelays(c.Delays, policy); err == nil {
 		err = policy.Validate()
 	}
+	return policy, err
+}
+
+type tenantAddCommand struct {
+	ownerDatabase
+	operatorName
+	Tenant string `arg:"" help:"The tenant's id: the issuer of its tokens. 1 to 64 of a-z, 0-9, '.', '_', '-'."`
+	tenantPolicy
+	Direct bool `name:"direct-enrolment" help:"Also take enrolments and password changes that do not come over the relay channel. The back end of the app can then answer them in the vault's place and learn passwords from it: only for development, or where the back end is trusted with passwords."`
+}
+
+func (c *tenantAddCommand) Run(e *environment) error {
+	policy, err := c.read()
 	if err != nil {
 		return err
 	}
@@ -97,14 +131,39 @@ func (c *tenantAddCommand) Run(e *environment) error {
 		return err
 	}
 	defer s.Close()
-	if err := s.AddTenant(e.ctx, vault.Tenant{ID: c.Tenant, Policy: policy, DirectEnrolment: c.Direct}); err != nil {
+	if err := s.AddTenant(c.as(e.ctx), vault.Tenant{ID: c.Tenant, Policy: policy, DirectEnrolment: c.Direct}); err != nil {
 		return err
 	}
 	return e.printf("tenant %s added; give it a key with: vaultctl tenant key add %[1]s --kid ID --public-key FILE\n", c.Tenant)
 }
 
+type tenantPolicyCommand struct {
+	ownerDatabase
+	operatorName
+	Tenant string `arg:"" help:"The tenant's id. What is not given goes back to its default."`
+	tenantPolicy
+}
+
+func (c *tenantPolicyCommand) Run(e *environment) error {
+	policy, err := c.read()
+	if err != nil {
+		return err
+	}
+	s, err := c.open(e)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	if err := s.SetPolicy(c.as(e.ctx), c.Tenant, policy); err != nil {
+		return err
+	}
+	return e.printf("tenant %s: %d attempts, delays %s, grace %v, for what is enrolled from now on; running vaults follow within thirty seconds\n",
+		c.Tenant, policy.MaxAttempts, showDelays(policy.Delays), policy.Grace)
+}
+
 type tenantDirectCommand struct {
 	ownerDatabase
+	operatorName
 	Tenant string `arg:"" help:"The tenant's id."`
 	Answer string `arg:"" enum:"allow,refuse" help:"allow: enrolments and password changes are also taken past the relay channel, where the app's back end can learn passwords from them. refuse: over the relay channel alone."`
 }
@@ -115,7 +174,7 @@ func (c *tenantDirectCommand) Run(e *environment) error {
 		return err
 	}
 	defer s.Close()
-	if err := s.SetDirectEnrolment(e.ctx, c.Tenant, c.Answer == "allow"); err != nil {
+	if err := s.SetDirectEnrolment(c.as(e.ctx), c.Tenant, c.Answer == "allow"); err != nil {
 		return err
 	}
 	return e.printf("tenant %s enrols %s; running vaults know it within thirty seconds\n", c.Tenant, showRoute(c.Answer == "allow"))
@@ -213,6 +272,7 @@ func keyAlgorithm(der []byte) string {
 
 type tenantKeyAddCommand struct {
 	ownerDatabase
+	operatorName
 	Tenant    string `arg:"" help:"The tenant's id."`
 	KID       string `name:"kid" required:"" help:"The key's id, as the tokens' header names it."`
 	PublicKey string `required:"" placeholder:"FILE" help:"PEM file with the public key: Ed25519 (EdDSA), ECDSA P-256 (ES256) or RSA of 2048 bits or more (RS256)."`
@@ -232,7 +292,7 @@ func (c *tenantKeyAddCommand) Run(e *environment) error {
 		return err
 	}
 	defer s.Close()
-	if err := s.AddTenantKey(e.ctx, c.Tenant, vault.TenantKey{ID: c.KID, PublicKey: block.Bytes}); err != nil {
+	if err := s.AddTenantKey(c.as(e.ctx), c.Tenant, vault.TenantKey{ID: c.KID, PublicKey: block.Bytes}); err != nil {
 		return err
 	}
 	return e.printf("key %s of tenant %s added\n", c.KID, c.Tenant)
@@ -240,6 +300,7 @@ func (c *tenantKeyAddCommand) Run(e *environment) error {
 
 type tenantKeyRevokeCommand struct {
 	ownerDatabase
+	operatorName
 	Tenant string `arg:"" help:"The tenant's id."`
 	KID    string `name:"kid" required:"" help:"The key's id."`
 }
@@ -250,7 +311,7 @@ func (c *tenantKeyRevokeCommand) Run(e *environment) error {
 		return err
 	}
 	defer s.Close()
-	if err := s.RevokeTenantKey(e.ctx, c.Tenant, c.KID); err != nil {
+	if err := s.RevokeTenantKey(c.as(e.ctx), c.Tenant, c.KID); err != nil {
 		return err
 	}
 	return e.printf("key %s of tenant %s revoked; running vaults refuse it within thirty seconds\n", c.KID, c.Tenant)

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/backup-key-vault/bkv/api"
+	"github.com/backup-key-vault/bkv/vault"
 )
 
 type keyCommand struct {
@@ -44,6 +45,9 @@ func (a *adminListener) ask(ctx context.Context, method string, out any, path ..
 	request, err := http.NewRequestWithContext(ctx, method, target, nil)
 	if err != nil {
 		return fmt.Errorf("--admin-url: %w", err)
+	}
+	if who := vault.OperatorOf(ctx); who != "" {
+		request.Header.Set(api.OperatorHeader, who)
 	}
 	response, err := http.DefaultClient.Do(request)
 	if err != nil {
@@ -137,6 +141,7 @@ func since(now, then time.Time) string {
 
 type keyRotateCommand struct {
 	adminListener
+	operatorName
 	Purpose    string        `arg:"" help:"master, state, oprf, server, relay, mac or audit."`
 	DestroyOld bool          `help:"Wait until no record needs the older generations, and destroy them. It can be interrupted; the same command without rotating again is vaultctl key destroy."`
 	Poll       time.Duration `default:"2s" help:"How often to look, while waiting."`
@@ -146,6 +151,7 @@ func (c *keyRotateCommand) Run(e *environment) error {
 	if c.Poll < 10*time.Millisecond || c.Poll > time.Minute {
 		return fmt.Errorf("--poll: want 10ms to 1m, got %v", c.Poll)
 	}
+	e.ctx = c.as(e.ctx)
 	var key api.RotatedKey
 	if err := c.ask(e.ctx, http.MethodPost, &key, c.Purpose, "rotate"); err != nil {
 		return err
@@ -200,6 +206,7 @@ func (c *keyRotateCommand) awaitRewrap(e *environment, key api.RotatedKey) (*api
 
 type keyDestroyCommand struct {
 	adminListener
+	operatorName
 	Purpose    string `arg:"" help:"The key's purpose."`
 	Generation int    `arg:"" help:"The generation to destroy."`
 }
@@ -208,6 +215,7 @@ func (c *keyDestroyCommand) Run(e *environment) error {
 	if c.Generation < 1 || int64(c.Generation) > 1<<32-1 {
 		return fmt.Errorf("generation: want a number from 1 on, got %d", c.Generation)
 	}
+	e.ctx = c.as(e.ctx)
 	return destroyKey(e, &c.adminListener, c.Purpose, uint32(c.Generation))
 }
 
@@ -221,12 +229,13 @@ func destroyKey(e *environment, vaultd *adminListener, purpose string, generatio
 
 type keyForgetCommand struct {
 	adminListener
+	operatorName
 	Serial string `arg:"" help:"The token's serial number, as vaultctl key status shows it."`
 }
 
 func (c *keyForgetCommand) Run(e *environment) error {
 	var token api.ForgottenToken
-	if err := c.ask(e.ctx, http.MethodPost, &token, "tokens", c.Serial, "forget"); err != nil {
+	if err := c.ask(c.as(e.ctx), http.MethodPost, &token, "tokens", c.Serial, "forget"); err != nil {
 		return err
 	}
 	return e.printf("token %s is out of service\n", token.Token)

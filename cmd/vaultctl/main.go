@@ -21,7 +21,12 @@ func main() {
 	if err := run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr); err != nil {
 		fmt.Fprintln(os.Stderr, "vaultctl:", err)
 		stop()
-		os.Exit(1)
+		code := 1
+		var status *exitStatus
+		if errors.As(err, &status) {
+			code = status.code
+		}
+		os.Exit(code)
 	}
 }
 
@@ -35,6 +40,7 @@ type command struct {
 	Migrate  migrateCommand  `cmd:"" help:"Bring the database to this version's schema, as the role that owns it."`
 	Tenant   tenantCommand   `cmd:"" help:"Add and list tenants (apps) and the keys that verify their tokens."`
 	Key      keyCommand      `cmd:"" help:"Look at the token's keys, rotate and destroy them, through a running vaultd."`
+	Audit    auditCommand    `cmd:"" help:"Follow, prove and export the audit log."`
 	Dev      devCommand      `cmd:"" help:"For development: make a tenant's key pair and mint tokens with it."`
 }
 

@@ -3,6 +3,7 @@ package httpapi
 import (
 	"errors"
 	"log/slog"
+	"net"
 	"net/http"
 	"strconv"
 
@@ -23,7 +24,7 @@ func NewKeyAdmin(log *slog.Logger, rotation *vault.Rotation) http.Handler {
 	mux := http.NewServeMux()
 	handle := func(pattern string, do func(r *http.Request) (any, error)) {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
-			answer, err := do(r)
+			answer, err := do(claimOperator(r))
 			if err == nil {
 				writeAdmin(w, http.StatusOK, answer)
 				return
@@ -59,6 +60,23 @@ func NewKeyAdmin(log *slog.Logger, rotation *vault.Rotation) http.Handler {
 		return api.ForgottenToken{Token: serial}, rotation.ForgetToken(r.Context(), serial)
 	})
 	return http.NewCrossOriginProtection().Handler(mux)
+}
+
+// claimOperator has the events of a request say who asked: whoever a certificate proved, or who the request says it is, with
+// the address that it came from.
+func claimOperator(r *http.Request) *http.Request {
+	if vault.OperatorOf(r.Context()) != "" {
+		return r
+	}
+	host, _, err := net.SplitHostPort(r.RemoteAddr)
+	if err != nil {
+		host = r.RemoteAddr
+	}
+	who := "somebody at " + host
+	if claimed := r.Header.Get(api.OperatorHeader); claimed != "" {
+		who = claimed + " (unproven) at " + host
+	}
+	return r.WithContext(vault.WithOperator(r.Context(), who))
 }
 
 // keyProblem says to an operator what is wrong. Operators see causes, which hold no secrets; tenants never do.
