@@ -110,6 +110,23 @@ func TestInMemory(t *testing.T) {
 			}
 		}
 	}
+	// The relay channel derives x-coordinates alone.
+	scalar := scalarOf(t, shim.Token, pkcs11util.KeyName{Purpose: pkcs11util.Relay, Generation: 1})
+	peer, err := ecdh.P256().GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	private, err := ecdh.P256().NewPrivateKey(scalar)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := private.ECDH(peer.PublicKey())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if x, err := shim.DeriveX(ctx, pkcs11util.Relay, 1, [65]byte(peer.PublicKey().Bytes())); err != nil || !bytes.Equal(x[:], want) {
+		t.Errorf("relay: %x, %v", x, err)
+	}
 	if publics[0] == publics[1] {
 		t.Error("two keys are one")
 	}

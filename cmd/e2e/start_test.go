@@ -38,6 +38,7 @@ var nonsense = []struct{ env, value, complaint string }{
 	{"BKV_ROTATE_STATE_EVERY", "721h", `--rotate-state-every: want 1m to 720h, got 721h0m0s`},
 	{"BKV_ROTATE_RELAY_EVERY", "30s", `--rotate-relay-every: want 1m to 8760h, got 30s`},
 	{"BKV_REWRAPS_PER_SECOND", "0", `--rewraps-per-second: want 1 to 1000000, got 0`},
+	{"BKV_CHECKPOINT_EVERY", "1ms", `--checkpoint-every: want 1s to 1h, got 1ms`},
 	{"BKV_ENROLMENTS_PER_TENANT", "-1", `--enrolments-per-tenant: want 1 to 1000000, got -1`},
 }
 
