@@ -116,6 +116,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	warn(log, keys)
 	m.watchToken(keys.Stats)
 	m.watchStore(db.Stats)
+	m.watchAudit(sequencer.Status)
 	return serve(ctx, &c, log, m, v, rotation, sequencer, keys, db, identity)
 }
 

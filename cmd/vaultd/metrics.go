@@ -281,6 +281,27 @@ func (m *metrics) watchStore(stats func() store.Stats) {
 	}})
 }
 
+// watchAudit adds what the sequencer knows of the audit log.
+func (m *metrics) watchAudit(status func() vault.AuditStatus) {
+	sealing := newGauge("bkv_audit_sealing", "1 at the instance that seals events, else 0.")
+	waiting := newGauge("bkv_audit_unsealed_events", "Events that wait to be sealed, up to 100000.")
+	lag := newGauge("bkv_audit_lag_seconds", "How long the oldest of the events that wait has waited.")
+	sealed := newGauge("bkv_audit_sealed_events", "Number of the event that was sealed last.")
+	signed := newGauge("bkv_audit_signed_events", "Number of the event that the newest checkpoint signed.")
+	signedAt := newGauge("bkv_audit_signed_timestamp_seconds", "When the newest checkpoint was signed; 0: none is.")
+	fault := newGauge("bkv_audit_fault", "1 at the instance that seals, if the audit log is not as the vault wrote it, else 0.")
+	m.registry.MustRegister(collected{[]gauge{sealing, waiting, lag, sealed, signed, signedAt, fault}, func(out chan<- prometheus.Metric) {
+		s := status()
+		sealing.is(out, truth(s.Sealing))
+		waiting.is(out, float64(s.Waiting))
+		lag.is(out, s.Lag.Seconds())
+		sealed.is(out, float64(s.Sequence))
+		signed.is(out, float64(s.Signed))
+		signedAt.is(out, seconds(s.SignedAt))
+		fault.is(out, truth(s.Fault != ""))
+	}})
+}
+
 // watchKeys adds what was last read of the keys.
 func (m *metrics) watchKeys(w *watcher) {
 	up := newGauge("bkv_database_up", "1 if the database answered when it was last asked, else 0.")

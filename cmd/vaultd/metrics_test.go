@@ -25,6 +25,7 @@ func allMetrics() *metrics {
 	m := newMetrics()
 	m.watchToken(func() pkcs11util.Stats { return pkcs11util.Stats{} })
 	m.watchStore(func() store.Stats { return store.Stats{} })
+	m.watchAudit(func() vault.AuditStatus { return vault.AuditStatus{} })
 	m.watchKeys(&watcher{})
 	return m
 }
