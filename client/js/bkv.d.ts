@@ -11,6 +11,9 @@
  *
  * Every operation returns a promise and rejects with a VaultError, with the reason of its
  * AbortSignal, or with a TypeError for an argument of a wrong type.
+ *
+ * The app's back end forwards GET /v1/vault and POST /v1/relay under url, and can read
+ * neither request nor answer: they travel in capsules that only the pinned vault opens.
  */
 
 /** What went wrong. */
@@ -43,6 +46,10 @@ export type Code =
   | "unauthenticated"
   /** token() failed. */
   | "no-token"
+  /** The app's back end, or something before it, did not pass the request on as it was. */
+  | "not-forwarded"
+  /** The vault offers no relay key that this version takes: update the app or the vault. */
+  | "outdated"
   /** The vault could not be reached after several tries. */
   | "unavailable"
   /** An answer that no vault gives: something between alters it, or the app needs an update. */
@@ -183,7 +190,8 @@ export class SDK {
 
 /**
  * A vault, for one user. All operations can fail with wrong-vault, stale-keys,
- * unauthenticated, no-token, forbidden, rate-limited, unavailable and bad-response.
+ * unauthenticated, no-token, forbidden, rate-limited, not-forwarded, outdated, unavailable
+ * and bad-response.
  */
 export class Vault {
   /** Charges nothing. Errors: not-enrolled. */

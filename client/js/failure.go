@@ -43,6 +43,8 @@ var codes = []struct {
 	{client.ErrConflict, "conflict"},
 	{client.ErrForbidden, "forbidden"},
 	{client.ErrUnauthenticated, "unauthenticated"},
+	{client.ErrRelay, "not-forwarded"},
+	{client.ErrNoRelayKey, "outdated"},
 	{client.ErrUnavailable, "unavailable"},
 	{client.ErrBadResponse, "bad-response"},
 	{opaque.ErrArgon2idBounds, "bad-response"},

@@ -65,10 +65,9 @@ func newServer(c config) http.Handler {
 	r.Put("/api/backup", s.asUser(s.putBackup))
 	r.Delete("/api/backup", s.asUser(s.deleteBackup))
 
-	// The vault, for the page's SDK.
+	// The vault, for the page's SDK: these two and no other.
 	r.Get("/vault/v1/vault", s.asUser(s.forward))
 	r.Post("/vault/v1/relay", s.asUser(s.forward))
-	r.HandleFunc("/vault/v1/users/*", s.asUser(s.forward))
 
 	files, err := fs.Sub(page, "page")
 	if err != nil {

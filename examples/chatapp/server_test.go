@@ -234,6 +234,7 @@ func TestForward(t *testing.T) {
 	}
 	alice.want(413, "POST", "/vault"+forwardedPath, make([]byte, maxForwardBytes+1))
 	alice.want(404, "GET", "/vault/metrics", nil)
+	alice.want(404, "GET", "/vault/v1/users/"+me["user"]+"/backup-key", nil)
 	alice.want(404, "GET", "/vault/v1/../metrics", nil)
 	if strings.Contains(a.log.String(), me["user"]) || strings.Contains(a.log.String(), "capsule") || !strings.Contains(a.log.String(), "request") {
 		t.Errorf("the log:\n%s", a.log)

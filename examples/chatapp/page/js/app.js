@@ -137,7 +137,7 @@ $("sign-out").addEventListener("click", async () => {
   clearInterval(poll);
   await state.device.erase();
   channel.postMessage("erased");
-  location.hash = "";
+  history.replaceState(null, "", "/");
   location.reload();
 });
 
@@ -273,4 +273,6 @@ try {
     throw error;
   }
 }
-await showRoute();
+// A restore that was interrupted is said, wherever the page is opened again.
+if (state.account && sessionStorage.getItem("restoring") && !location.hash.startsWith("#/restore")) go("restore");
+else await showRoute();

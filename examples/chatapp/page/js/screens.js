@@ -405,7 +405,7 @@ export function backupScreens(state, { go, changed }) {
         if (error.code === "invalid-digits") {
           const count = (input.value.match(/[0-9a-f]/gi) ?? []).length;
           fieldError(input, $("key-digits-error"), /[^0-9a-f\s]/i.test(input.value)
-            ? "Only the digits 0 to 9 and the letters a to f belong in the key. Look for an o or an l."
+            ? "Only the digits 0 to 9, the letters a to f and spaces belong in the key. Look for an o, an l or a dash."
             : `The key has 64 digits; there are ${count}.`);
           return true;
         }

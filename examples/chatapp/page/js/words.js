@@ -11,6 +11,13 @@ export function duration(seconds) {
   return hours < 48 ? unit(hours, "hour") : unit(Math.ceil(hours / 24), "day");
 }
 
+/** How much it is, rounded to the nearest. */
+function roughly(seconds) {
+  const hours = Math.round(seconds / 3600);
+  if (hours < 2) return `${Math.round(seconds / 60)} minutes`;
+  return hours < 48 ? `${hours} hours` : `${Math.round(hours / 24)} days`;
+}
+
 export const tries = (n) => (n === 1 ? "1 try" : `${n} tries`);
 
 /** An error of this page's own, with words for the user. */
@@ -27,6 +34,7 @@ const vaultWords = {
   "bad-response": "The key vault gave an answer that makes no sense. Try another network. If this stays, the app needs an update.",
   "invalid-password": "This password cannot be used. Choose another one.",
   "rate-limited": "That was a lot of changes in a short time.",
+  "key-destroyed": "This backup’s key is gone: the wrong password was entered too often.",
   "not-enrolled": "The key vault has no key for your account.",
   "already-enrolled": "Your account has an encrypted backup already. Restore it, or start over.",
   frozen: "Your backup was turned off without its key. Its old password still opens it for some days.",
@@ -34,6 +42,8 @@ const vaultWords = {
   forbidden: "This phone’s backup key is not the one in the vault: the backup was set up anew elsewhere. Restore it here to go on.",
   unauthenticated: "The key vault does not know this sign-in. Sign in again.",
   "no-token": "The chat server could not be reached.",
+  "not-forwarded": "The chat server did not pass the request on to the key vault. Nothing is lost.",
+  outdated: "This version of the app is too old for the key vault. Load the page again, or update the app.",
   unavailable: "The key vault cannot be reached right now. Nothing is lost.",
   cancelled: "It was cancelled before its end was known.",
   "not-a-backup": "The stored backup is damaged or of a newer version of this app. Update the app and try again.",
@@ -57,7 +67,7 @@ export function explain(error) {
     case "stale-keys": {
       const off = Math.abs(clockAhead);
       const text = off > 30 * 60
-        ? `This device’s clock is ${duration(off)} ${clockAhead > 0 ? "slow" : "fast"}, so it cannot tell whether the key vault is genuine. Set the right date and time, then try again.`
+        ? `This device’s clock is ${roughly(off)} ${clockAhead > 0 ? "slow" : "fast"}, so it cannot tell whether the key vault is genuine. Set the right date and time, then try again.`
         : "The key vault’s proof of identity is out of date. Check this device’s date and time, then try again.";
       return { text, retry: true };
     }
@@ -67,7 +77,7 @@ export function explain(error) {
       return { text: `${vaultWords["rate-limited"]} Wait ${duration(error.waitSeconds)}, then try again.`, retry: true };
     case "wrong-password":
       return { text: `That password is wrong. You have ${tries(error.attemptsLeft)} left.`, retry: false };
-    case "unavailable": case "no-token": case "not-loaded": case "stopped":
+    case "unavailable": case "not-forwarded": case "no-token": case "not-loaded": case "stopped":
       return { text: offline ? "You are offline. Nothing is lost: connect, then try again." : vaultWords[error.code], retry: true };
   }
   if (vaultWords[error?.code]) return { text: vaultWords[error.code], retry: error.pending !== undefined };
