@@ -160,6 +160,8 @@ func newServiceOver(t testing.TB, soft *vaulttest.SoftToken, token vault.Token, 
 		Limits: httpapi.Limits{
 			EnrolmentsPerUser:   httpapi.RateLimit{PerSecond: 1000, Burst: 1000},
 			EnrolmentsPerTenant: httpapi.RateLimit{PerSecond: 1000, Burst: 1000},
+			RequestsPerUser:     httpapi.RateLimit{PerSecond: 1e6, Burst: 1e6},
+			RequestsPerTenant:   httpapi.RateLimit{PerSecond: 1e6, Burst: 1e6},
 		},
 	}
 	if edit != nil {

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/backup-key-vault/bkv/api"
+	"github.com/backup-key-vault/bkv/vault"
 )
 
 // RateLimit is a token bucket.
@@ -18,8 +19,14 @@ type RateLimit struct {
 	Burst int
 }
 
-// Limits of enrolment starts, the one route that evaluates and does not count.
+// Limits of requests, and besides of enrolment starts: the one route that evaluates and does not count.
+// They hold for this process. A user's own limit is looked at first, so that what it refuses takes nothing from others
+// of the tenant.
 type Limits struct {
+	// RequestsPerUser, on all routes together: default 120 a minute, 120 at once. A recovery takes two or three.
+	RequestsPerUser RateLimit
+	// RequestsPerTenant: default 1000 a second, 2000 at once.
+	RequestsPerTenant RateLimit
 	// EnrolmentsPerUser: default ten an hour, ten at once.
 	EnrolmentsPerUser RateLimit
 	// EnrolmentsPerTenant: default 50 a second, 100 at once.
@@ -27,6 +34,12 @@ type Limits struct {
 }
 
 func (l Limits) withDefaults() Limits {
+	if l.RequestsPerUser == (RateLimit{}) {
+		l.RequestsPerUser = RateLimit{PerSecond: 2, Burst: 120}
+	}
+	if l.RequestsPerTenant == (RateLimit{}) {
+		l.RequestsPerTenant = RateLimit{PerSecond: 1000, Burst: 2000}
+	}
 	if l.EnrolmentsPerUser == (RateLimit{}) {
 		l.EnrolmentsPerUser = RateLimit{PerSecond: 10.0 / 3600, Burst: 10}
 	}
@@ -34,6 +47,20 @@ func (l Limits) withDefaults() Limits {
 		l.EnrolmentsPerTenant = RateLimit{PerSecond: 50, Burst: 100}
 	}
 	return l
+}
+
+// limits are those of users and of tenants, for one kind of request.
+type limits struct {
+	perUser   *limiter[vault.AccountID]
+	perTenant *limiter[string]
+}
+
+// take takes one token of the user's and one of the tenant's, or answers rate-limited.
+func (l limits) take(account vault.AccountID) error {
+	if err := l.perUser.take(account); err != nil {
+		return err
+	}
+	return l.perTenant.take(account.Tenant)
 }
 
 // maxBuckets bounds each limiter's memory, to about 20 MB. Beyond it the bucket that was
@@ -44,6 +71,7 @@ const maxBuckets = 1 << 16
 type limiter[K comparable] struct {
 	limit RateLimit
 	now   func() time.Time
+	what  string // too many of what there were, as a problem says it
 
 	// mu guarantees that buckets and order hold the same entries, the latest used first.
 	mu      sync.Mutex
@@ -57,8 +85,8 @@ type bucket[K comparable] struct {
 	touched time.Time
 }
 
-func newLimiter[K comparable](limit RateLimit, now func() time.Time) *limiter[K] {
-	return &limiter[K]{limit: limit, now: now, buckets: map[K]*list.Element{}, order: list.New()}
+func newLimiter[K comparable](limit RateLimit, what string, now func() time.Time) *limiter[K] {
+	return &limiter[K]{limit: limit, now: now, what: what, buckets: map[K]*list.Element{}, order: list.New()}
 }
 
 // take takes one token, or answers rate-limited with the time until there is one.
@@ -75,13 +103,13 @@ func (l *limiter[K]) take(key K) error {
 	l.order.MoveToFront(e)
 	b := e.Value.(*bucket[K])
 	b.touched = now
-	taken := b.tokens.ReserveN(now, 1)
-	wait := taken.DelayFrom(now)
-	if wait == 0 {
+	if b.tokens.AllowN(now, 1) {
 		return nil
 	}
+	taken := b.tokens.ReserveN(now, 1)
+	wait := taken.DelayFrom(now)
 	taken.CancelAt(now)
-	return refuse(api.RateLimited, "too many enrolments were started; wait for the time in retry_after").after(wait)
+	return refuse(api.RateLimited, "too many "+l.what+"; wait for the time in retry_after, nothing was charged").after(wait)
 }
 
 // forget drops the buckets that are full again by now, and one more if there is no room.

@@ -131,7 +131,7 @@ var requestIDHeader = &huma.Param{
 func problemsOf(op operation, hasBody bool) []string {
 	kinds := append(slices.Clone(op.problems), api.InvalidRequest, api.Internal, api.TokenUnavailable, api.StoreUnavailable)
 	if !op.public {
-		kinds = append(kinds, api.Unauthenticated, api.Forbidden, api.AccountFault)
+		kinds = append(kinds, api.Unauthenticated, api.Forbidden, api.RateLimited, api.AccountFault)
 	}
 	if hasBody {
 		kinds = append(kinds, api.TooLarge, api.MediaType)
@@ -192,7 +192,7 @@ func documentRaw(doc *huma.OpenAPI, op operation, in, out string) {
 	}
 	kinds := append(slices.Clone(op.problems), api.InvalidRequest, api.Internal, api.TokenUnavailable, api.StoreUnavailable)
 	if !op.public {
-		kinds = append(kinds, api.Unauthenticated)
+		kinds = append(kinds, api.Unauthenticated, api.RateLimited)
 	}
 	for status, kinds := range kindsByStatus(kinds) {
 		o.Responses[strconv.Itoa(status)] = problemResponse(doc.Components.Schemas, kinds)

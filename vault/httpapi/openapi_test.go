@@ -50,9 +50,9 @@ func keys(v any) []string {
 var operations = map[string]string{
 	"get /v1/vault":                                    "internal invalid-request store-unavailable token-unavailable",
 	"get /v1/relay/keys":                               "internal invalid-request store-unavailable token-unavailable",
-	"post /v1/relay":                                   "internal invalid-request store-unavailable token-unavailable unauthenticated " + body + api.OHTTPKey,
+	"post /v1/relay":                                   "internal invalid-request store-unavailable token-unavailable unauthenticated rate-limited " + body + api.OHTTPKey,
 	"get /v1/users/{user}/backup-key":                  common + "not-enrolled",
-	"post /v1/users/{user}/backup-key/enrolment":       common + body + "relay-required rate-limited",
+	"post /v1/users/{user}/backup-key/enrolment":       common + body + "relay-required",
 	"put /v1/users/{user}/backup-key":                  common + body + "relay-required conflict",
 	"post /v1/users/{user}/backup-key/activation":      common + body + "relay-required not-enrolled conflict key-destroyed",
 	"post /v1/users/{user}/backup-key/recovery":        common + body + "not-enrolled conflict key-destroyed too-early",
@@ -65,7 +65,7 @@ var operations = map[string]string{
 var rawAnswers = map[string]string{"/v1/relay/keys": "application/ohttp-keys", "/v1/relay": "message/ohttp-res"}
 
 const (
-	common = "invalid-request unauthenticated forbidden internal token-unavailable store-unavailable account-fault "
+	common = "invalid-request unauthenticated forbidden rate-limited internal token-unavailable store-unavailable account-fault "
 	body   = "too-large media-type "
 )
 

@@ -121,6 +121,11 @@ func (s *server) admit(op operation, r *http.Request, x *exchange) (call, error)
 		if err := who.account.Validate(); err != nil {
 			return c, err
 		}
+		if x.relayed == nil { // the capsule was counted
+			if err := s.requests.take(who.account); err != nil {
+				return c, err
+			}
+		}
 		c.Caller = vault.Caller{Account: who.account, Policy: who.policy, RequestID: x.id}
 	}
 	var err error

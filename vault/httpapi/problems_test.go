@@ -79,7 +79,7 @@ func TestRefusals(t *testing.T) {
 // TestBucketsAreBounded fills a limiter beyond its bound, and lets time empty it.
 func TestBucketsAreBounded(t *testing.T) {
 	now := time.Now()
-	l := newLimiter[int](RateLimit{PerSecond: 1, Burst: 2}, func() time.Time { return now })
+	l := newLimiter[int](RateLimit{PerSecond: 1, Burst: 2}, "things", func() time.Time { return now })
 	for i := range maxBuckets + 10 {
 		if err := l.take(i); err != nil {
 			t.Fatal(err)

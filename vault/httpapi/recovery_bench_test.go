@@ -90,6 +90,8 @@ func newBench(b *testing.B) *bench {
 		Limits: httpapi.Limits{
 			EnrolmentsPerUser:   httpapi.RateLimit{PerSecond: 1e9, Burst: 1e9},
 			EnrolmentsPerTenant: httpapi.RateLimit{PerSecond: 1e9, Burst: 1e9},
+			RequestsPerUser:     httpapi.RateLimit{PerSecond: 1e9, Burst: 1e9},
+			RequestsPerTenant:   httpapi.RateLimit{PerSecond: 1e9, Burst: 1e9},
 		},
 	})
 	if err != nil {

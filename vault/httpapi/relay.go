@@ -107,6 +107,9 @@ func (s *server) relay(w http.ResponseWriter, r *http.Request, x *exchange) ([]b
 	if err := who.account.Validate(); err != nil {
 		return nil, err
 	}
+	if err := s.requests.take(who.account); err != nil {
+		return nil, err
+	}
 	capsule, err := readLimited(w, r, maxCapsuleBytes)
 	if err != nil {
 		return nil, err

@@ -40,9 +40,9 @@ func (s *server) routes() {
 	}, s.getStatus)
 	add(s, operation{
 		method: http.MethodPost, path: backupKey + "/enrolment", id: "start-enrolment",
-		summary:  "Start an enrolment or a password change",
-		doc:      "Stores nothing and counts nothing; it can be repeated, within its rate limit." + overRelay,
-		problems: []string{api.RateLimited}, registration: true,
+		summary:      "Start an enrolment or a password change",
+		doc:          "Stores nothing and counts nothing; it can be repeated, within a rate limit of its own." + overRelay,
+		registration: true,
 	}, s.startEnrolment)
 	add(s, operation{
 		method: http.MethodPut, path: backupKey, id: "stage-backup-key",
@@ -145,10 +145,7 @@ func (s *server) startEnrolment(ctx context.Context, c call, in *api.StartEnrolm
 	if err != nil {
 		return nil, err
 	}
-	if err := s.perUser.take(c.Account); err != nil {
-		return nil, err
-	}
-	if err := s.perTenant.take(c.Account.Tenant); err != nil {
+	if err := s.enrolments.take(c.Account); err != nil {
 		return nil, err
 	}
 	started, err := s.vault.StartEnrolment(ctx, c.Caller, request)

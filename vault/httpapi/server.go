@@ -28,7 +28,7 @@ type Config struct {
 	VaultID string
 	// Tenants gives the tenants' keys and policies; they are cached. Required.
 	Tenants Tenants
-	// Limits of enrolment starts; each that is zero has its default.
+	// Limits of requests; each that is zero has its default.
 	Limits Limits
 	// RequestTimeout bounds the vault's work for one request; default 15 s. An
 	// attempt that was counted before it ran out stays open to the same bytes.
@@ -74,7 +74,7 @@ func New(c Config) (http.Handler, error) {
 		c.Now = time.Now
 	}
 	c.Limits = c.Limits.withDefaults()
-	for _, l := range []RateLimit{c.Limits.EnrolmentsPerUser, c.Limits.EnrolmentsPerTenant} {
+	for _, l := range []RateLimit{c.Limits.RequestsPerUser, c.Limits.RequestsPerTenant, c.Limits.EnrolmentsPerUser, c.Limits.EnrolmentsPerTenant} {
 		if l.PerSecond <= 0 || l.Burst < 1 {
 			return nil, errors.New("a rate limit needs a rate above zero and a burst of at least one")
 		}
@@ -82,11 +82,17 @@ func New(c Config) (http.Handler, error) {
 	s := &server{
 		vault: c.Vault, log: c.Log, observe: c.Observe, timeout: c.RequestTimeout, now: c.Now,
 		authority: newAuthority(&keyring{source: c.Tenants, now: c.Now, log: c.Log}, c.VaultID, c.Now),
-		perUser:   newLimiter[vault.AccountID](c.Limits.EnrolmentsPerUser, c.Now),
-		perTenant: newLimiter[string](c.Limits.EnrolmentsPerTenant, c.Now),
-		router:    chi.NewRouter(),
-		document:  newDocument(),
-		identity:  identityCache{turn: make(chan struct{}, 1)},
+		requests: limits{
+			newLimiter[vault.AccountID](c.Limits.RequestsPerUser, "requests of this user", c.Now),
+			newLimiter[string](c.Limits.RequestsPerTenant, "requests of this tenant", c.Now),
+		},
+		enrolments: limits{
+			newLimiter[vault.AccountID](c.Limits.EnrolmentsPerUser, "enrolments were started by this user", c.Now),
+			newLimiter[string](c.Limits.EnrolmentsPerTenant, "enrolments were started by this tenant", c.Now),
+		},
+		router:   chi.NewRouter(),
+		document: newDocument(),
+		identity: identityCache{turn: make(chan struct{}, 1)},
 	}
 	s.identity.turn <- struct{}{}
 	s.router.NotFound(s.noRoute)
@@ -100,17 +106,16 @@ func New(c Config) (http.Handler, error) {
 
 // server is the public handler.
 type server struct {
-	vault     *vault.Vault
-	log       *slog.Logger
-	observe   func(Exchange)
-	timeout   time.Duration
-	now       func() time.Time
-	authority *authority
-	perUser   *limiter[vault.AccountID]
-	perTenant *limiter[string]
-	router    *chi.Mux
-	document  *huma.OpenAPI
-	identity  identityCache
+	vault                *vault.Vault
+	log                  *slog.Logger
+	observe              func(Exchange)
+	timeout              time.Duration
+	now                  func() time.Time
+	authority            *authority
+	requests, enrolments limits
+	router               *chi.Mux
+	document             *huma.OpenAPI
+	identity             identityCache
 }
 
 // exchange is one request and what became of it, for the log.
@@ -237,6 +242,10 @@ func (s *server) logExchange(x *exchange, took time.Duration) {
 	s.log.LogAttrs(x.client, level, "request", append(attrs, slog.Int("status", status))...)
 }
 
+// answerTimeout bounds the sending of an answer to a client that does not read: it has room in the
+// buffers on the way, and is late only if many are sent before it and none is read.
+const answerTimeout = 5 * time.Second
+
 // StatusClientGone is logged for a request whose client left before the answer; nobody
 // receives it.
 const StatusClientGone = 499
@@ -255,6 +264,8 @@ func write(w http.ResponseWriter, x *exchange, status int, mediaType string, bod
 	x.status = status
 	w.Header().Set("Content-Type", mediaType)
 	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	// The connection's own bound on writing has to include the vault's work. Where there is no connection there is nothing to bound.
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(answerTimeout))
 	w.WriteHeader(status)
 	w.Write(body) // who cannot receive it cannot be told
 }

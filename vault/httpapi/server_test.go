@@ -426,6 +426,49 @@ func TestAdmin(t *testing.T) {
 	}
 }
 
+// A user's and a tenant's requests are limited on every route, together; what is refused is not charged, and
+// nobody without a token has a bucket.
+func TestRequestLimits(t *testing.T) {
+	s := newService(t, func(c *httpapi.Config) {
+		c.Limits.RequestsPerUser = httpapi.RateLimit{PerSecond: 0.1, Burst: 3}
+		c.Limits.RequestsPerTenant = httpapi.RateLimit{PerSecond: 1, Burst: 5}
+	})
+	get := func(user string) reply { return s.call("GET", user, "", nil) }
+	for range 20 {
+		r := s.newRequest("GET", pathOf("ann", ""), "bob", nil) // bob's token, ann's path
+		wantProblem(t, s.send(r), api.Forbidden)
+		r.Header.Del("Authorization")
+		wantProblem(t, s.send(r), api.Unauthenticated)
+	}
+	wantProblem(t, get("ann"), api.NotEnrolled)
+	wantProblem(t, s.call("POST", "ann", "/recovery", "{}"), api.InvalidRequest)
+	wantProblem(t, s.call("DELETE", "ann", "?generation=0", nil), api.InvalidRequest)
+	r := get("ann")
+	wantProblem(t, r, api.RateLimited)
+	if r.header.Get("Retry-After") != "10" {
+		t.Errorf("Retry-After is %q, want 10", r.header.Get("Retry-After"))
+	}
+	for range 20 { // what ann is refused is not charged to her tenant
+		wantProblem(t, get("ann"), api.RateLimited)
+	}
+	capsule := s.newRequest("POST", "/v1/relay", "ann", "not even a capsule")
+	capsule.Header.Set("Content-Type", "message/ohttp-req")
+	wantProblem(t, s.send(capsule), api.RateLimited)
+	wantProblem(t, get("bob"), api.NotEnrolled)
+	wantProblem(t, get("carl"), api.NotEnrolled)
+	r = get("dora")
+	wantProblem(t, r, api.RateLimited)
+	if r.header.Get("Retry-After") != "1" || !strings.Contains(r.problem.Detail, "tenant") {
+		t.Errorf("the tenant's limit: %v", r)
+	}
+	if r := s.send(httptest.NewRequest("GET", "/v1/vault", nil)); r.status != 200 {
+		t.Errorf("who the vault is, past the limits: %v", r)
+	}
+	s.clock.advance(10 * time.Second)
+	wantProblem(t, get("ann"), api.NotEnrolled)
+	wantProblem(t, get("ann"), api.RateLimited)
+}
+
 // Each request is observed once, by its route's pattern and what was answered, and by nothing that its client chose.
 func TestObserve(t *testing.T) {
 	var seen []httpapi.Exchange
