@@ -112,6 +112,36 @@ func (s *Store) Stats() Stats {
 	}
 }
 
+// ServerStatus is what Postgres says of itself.
+type ServerStatus struct {
+	Server  string // its version
+	Schema  int64  // the number of the last migration
+	Standby bool   // it replays another server's log, and takes no writes
+	// Synchronous: a commit is acknowledged when replicas hold it, too (synchronous_standby_names).
+	Synchronous bool
+	// Replicas are connected, and Lag is how far the last of them is behind in replaying. Visible says whether this login may
+	// see the lag, which the service's rights do not include.
+	Replicas int
+	Lag      time.Duration
+	Visible  bool
+}
+
+const serverStatus = `
+SELECT current_setting('server_version'), pg_is_in_recovery(),
+	(SELECT coalesce(max(version_id) FILTER (WHERE is_applied), 0) FROM schema_version),
+	current_setting('synchronous_standby_names') <> '', count(r.pid),
+	coalesce(max(r.replay_lag), interval '0'), coalesce(bool_and(r.pid IS NULL OR r.state IS NOT NULL), true)
+FROM (VALUES (true)) AS always (here) LEFT JOIN pg_stat_replication AS r ON true`
+
+// ServerStatus asks Postgres for it.
+func (s *Store) ServerStatus(ctx context.Context) (status ServerStatus, err error) {
+	err = s.with(ctx, "asking the database for its status", func(ctx context.Context, conn *pgx.Conn) error {
+		return conn.QueryRow(ctx, serverStatus).Scan(&status.Server, &status.Standby, &status.Schema,
+			&status.Synchronous, &status.Replicas, &status.Lag, &status.Visible)
+	})
+	return status, err
+}
+
 // Ping reports whether Postgres answers.
 func (s *Store) Ping(ctx context.Context) error {
 	return s.with(ctx, "asking whether the database answers", func(ctx context.Context, conn *pgx.Conn) error {

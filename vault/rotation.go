@@ -875,8 +875,9 @@ type KeyOverview struct {
 	KeyTable
 	// RewrapLeft is how many records and rows are under older keys than those in use.
 	RewrapLeft int64
-	// OldestUncovered is as in KeyStatus.
+	// OldestUncovered and Warnings are as in KeyStatus, but for records that are lost.
 	OldestUncovered time.Time
+	Warnings        []string
 	// Moved and Unmoved count the accounts that this instance rewrapped, and those that it could not, since it was
 	// started; a rewrap counts when it ends.
 	Moved, Unmoved uint64
@@ -890,7 +891,7 @@ func (r *Rotation) Overview(ctx context.Context) (*KeyOverview, error) {
 	if err != nil {
 		return nil, err
 	}
-	o := &KeyOverview{KeyTable: *table, Moved: r.moved.Load(), Unmoved: r.unmoved.Load()}
+	o := &KeyOverview{KeyTable: *table, Moved: r.moved.Load(), Unmoved: r.unmoved.Load(), Warnings: r.warnings(table)}
 	for _, purpose := range []string{purposeMaster, purposeMAC} {
 		current := table.Current(purpose)
 		if current == nil || !current.RewrappedAt.IsZero() {
@@ -939,6 +940,24 @@ type KeyStatus struct {
 	Warnings        []string
 }
 
+// warnings are what the table alone gives an operator to do.
+func (r *Rotation) warnings(table *KeyTable) (warnings []string) {
+	for i := range table.Keys {
+		g := &table.Keys[i]
+		if g.Seals >= sealsWarning && g.State == KeyCurrent {
+			warnings = append(warnings, fmt.Sprintf("key %v has made %d of the %d seals that it may make: rotate it", g.Key, g.Seals, uint64(sealsLimit)))
+		}
+		if due, ok := r.dueAt(g); ok && g.State == KeyCurrent && table.Now.After(due.Add(time.Minute)) {
+			warnings = append(warnings, fmt.Sprintf("key %v was due for rotation at %s: see the log for why it did not rotate by itself; with several tokens, make the next in a ceremony",
+				g.Key, due.UTC().Format(time.RFC3339)))
+		}
+		if missing := table.ready(g); g.State == KeyMade && len(missing) > 0 {
+			warnings = append(warnings, fmt.Sprintf("key %v is not in token %v yet", g.Key, missing))
+		}
+	}
+	return warnings
+}
+
 // KeyReport is one key in a KeyStatus.
 type KeyReport struct {
 	KeyGeneration
@@ -959,7 +978,7 @@ func (r *Rotation) Status(ctx context.Context) (*KeyStatus, error) {
 	if err != nil {
 		return nil, storeFault("counting what depends on keys", err)
 	}
-	s := &KeyStatus{Now: table.Now, Token: r.token.Serial(), Tokens: table.tokens(), Warnings: slices.Clone(r.config.Warnings)}
+	s := &KeyStatus{Now: table.Now, Token: r.token.Serial(), Tokens: table.tokens(), Warnings: append(slices.Clone(r.config.Warnings), r.warnings(table)...)}
 	for i := range table.Keys {
 		g := table.Keys[i]
 		report := KeyReport{KeyGeneration: g, Dependents: dependents[g.Key], Proven: r.holds(g.Key)}
@@ -969,16 +988,6 @@ func (r *Rotation) Status(ctx context.Context) (*KeyStatus, error) {
 		}
 		if g.State == KeyCurrent && g.heldByOther("", table.Now) {
 			s.Rewrapping = g.Holder
-		}
-		if g.Seals >= sealsWarning && g.State == KeyCurrent {
-			s.Warnings = append(s.Warnings, fmt.Sprintf("key %v has made %d of the %d seals that it may make: rotate it", g.Key, g.Seals, uint64(sealsLimit)))
-		}
-		if due, ok := r.dueAt(&g); ok && g.State == KeyCurrent && table.Now.After(due.Add(time.Minute)) {
-			s.Warnings = append(s.Warnings, fmt.Sprintf("key %v was due for rotation at %s: see the log for why it did not rotate by itself; with several tokens, make the next in a ceremony",
-				g.Key, due.UTC().Format(time.RFC3339)))
-		}
-		if missing := table.ready(&g); g.State == KeyMade && len(missing) > 0 {
-			s.Warnings = append(s.Warnings, fmt.Sprintf("key %v is not in token %v yet", g.Key, missing))
 		}
 		if report.Dependents > 0 && g.State == KeyDestroyed {
 			s.Warnings = append(s.Warnings, fmt.Sprintf("%d records need key %v, which is destroyed: they are lost (was an older database restored?)", report.Dependents, g.Key))

@@ -3,11 +3,9 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
-	"net/url"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -21,56 +19,6 @@ type keyCommand struct {
 	Rotate  keyRotateCommand  `cmd:"" help:"Use the next generation of a key from now on. vaultd makes it, as nobody else may write to a token that is in use."`
 	Destroy keyDestroyCommand `cmd:"" help:"Destroy a generation of a key that nothing needs any more, in the token of the vaultd that is asked. It cannot be undone: dumps and backups of records that it sealed are worthless from then on."`
 	Forget  keyForgetCommand  `cmd:"" name:"forget-token" help:"Take a token out of service that was destroyed or wiped, so that rotations do not wait for it. What it held counts as destroyed. A vaultd that still uses it brings it back."`
-}
-
-// adminListener is a running vaultd, as operators reach it.
-type adminListener struct {
-	AdminURL string `name:"admin-url" default:"http://127.0.0.1:8421" env:"BKV_ADMIN_URL" placeholder:"URL" help:"vaultd's admin listener."`
-}
-
-// adminTimeout bounds one request: counting what depends on a key reads an index, and a token may take a while to make a key.
-const adminTimeout = time.Minute
-
-// ask sends a request and reads its answer into out. What vaultd refuses is the error.
-func (a *adminListener) ask(ctx context.Context, method string, out any, path ...string) error {
-	for i := range path {
-		path[i] = url.PathEscape(path[i])
-	}
-	target, err := url.JoinPath(a.AdminURL, append([]string{"keys/"}, path...)...)
-	if err != nil {
-		return fmt.Errorf("--admin-url: %w", err)
-	}
-	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
-	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, method, target, nil)
-	if err != nil {
-		return fmt.Errorf("--admin-url: %w", err)
-	}
-	if who := vault.OperatorOf(ctx); who != "" {
-		request.Header.Set(api.OperatorHeader, who)
-	}
-	response, err := http.DefaultClient.Do(request)
-	if err != nil {
-		return fmt.Errorf("asking vaultd, which must be running (see --admin-url): %w", err)
-	}
-	defer response.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(response.Body, 1<<20))
-	if err != nil {
-		return fmt.Errorf("reading vaultd's answer: %w", err)
-	}
-	if response.StatusCode != http.StatusOK {
-		var refusal struct {
-			Error string `json:"error"`
-		}
-		if json.Unmarshal(body, &refusal) == nil && refusal.Error != "" {
-			return errors.New(refusal.Error)
-		}
-		return fmt.Errorf("%s answers %s: is that vaultd's admin listener?", target, response.Status)
-	}
-	if err := json.Unmarshal(body, out); err != nil {
-		return fmt.Errorf("reading vaultd's answer: %w", err)
-	}
-	return nil
 }
 
 func (a *adminListener) status(ctx context.Context) (*api.KeyStatus, error) {

@@ -37,7 +37,7 @@ func NewAdmin(log *slog.Logger, checks ...Check) (http.Handler, error) {
 	})
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
 		status, answer := http.StatusOK, readiness{Ready: true, Failing: []string{}}
-		for i, err := range runChecks(r.Context(), checks) {
+		for i, err := range RunChecks(r.Context(), checks) {
 			if err != nil {
 				log.WarnContext(r.Context(), "not ready", "check", checks[i].Name, "error", err)
 				status, answer.Ready = http.StatusServiceUnavailable, false
@@ -55,9 +55,9 @@ type readiness struct {
 	Failing []string `json:"failing"`
 }
 
-// runChecks runs all checks at once and returns their errors, in their order. One
+// RunChecks runs all checks at once and returns their errors, in their order. One
 // that does not come back in time has failed, whether it honours its context or not.
-func runChecks(ctx context.Context, checks []Check) []error {
+func RunChecks(ctx context.Context, checks []Check) []error {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
 	running := make([]chan error, len(checks))

@@ -12,11 +12,15 @@ import (
 func NewAuditAdmin(sequencer *vault.Sequencer) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /audit/{$}", func(w http.ResponseWriter, _ *http.Request) {
-		s := sequencer.Status()
-		writeAdmin(w, http.StatusOK, &api.AuditStatus{
-			At: timeOrNil(s.At), Sealing: s.Sealing, Sealed: s.Sequence, Signed: s.Signed, SignedAt: timeOrNil(s.SignedAt),
-			Waiting: s.Waiting, LagSeconds: s.Lag.Seconds(), Fault: s.Fault,
-		})
+		writeAdmin(w, http.StatusOK, WireAuditStatus(sequencer.Status()))
 	})
 	return mux
+}
+
+// WireAuditStatus is the status as the admin listener says it.
+func WireAuditStatus(s vault.AuditStatus) *api.AuditStatus {
+	return &api.AuditStatus{
+		At: timeOrNil(s.At), Sealing: s.Sealing, Sealed: s.Sequence, Signed: s.Signed, SignedAt: timeOrNil(s.SignedAt),
+		Waiting: s.Waiting, LagSeconds: s.Lag.Seconds(), Fault: s.Fault,
+	}
 }
