@@ -94,7 +94,7 @@ func (d *deployment) register(t testing.TB, tokens []string) {
 	mustRun(t, owner, "vaultctl", "tenant", "key", "add", tenant, "--kid="+kid, "--public-key="+d.dir+"/tenant.key.pub")
 	d.vaultd = append(slices.Clone(tokens),
 		"BKV_DATABASE_URL_FILE="+write(t, d.dir, "vaultd.url", withPassword(db.RuntimeURL)),
-		"BKV_ENROLMENTS_PER_TENANT=100000")
+		"BKV_ENROLMENTS_PER_TENANT=100000", "BKV_REQUESTS_PER_USER=1000000", "BKV_REQUESTS_PER_TENANT=1000000")
 
 	var err error
 	if d.pin, err = transcript.ParseFingerprint(strings.TrimSpace(mustRun(t, tokens, "vaultctl", "identity"))); err != nil {

@@ -116,7 +116,8 @@ func startVaultd(t testing.TB, env []string, more ...string) *vaultd {
 	}
 	for _, r := range v.log.records(t) {
 		if r["msg"] == "serving" {
-			v.url, v.admin = "http://"+r["listen"].(string), "http://"+r["admin_listen"].(string)
+			scheme := map[any]string{false: "http://", true: "https://"}
+			v.url, v.admin = scheme[r["tls"]]+r["listen"].(string), scheme[r["admin_tls"]]+r["admin_listen"].(string)
 			v.fingerprint = r["fingerprint"].(string)
 		}
 	}

@@ -131,7 +131,7 @@ func busy(t testing.TB, d *deployment, v *vaultd) {
 func TestMetricsOfARunningVault(t *testing.T) {
 	t.Parallel()
 	d := deploy(t, storetest.New(t))
-	v := d.start(t)
+	v := d.start(t, tlsEnv(t, d.dir)...)
 	busy(t, d, v)
 	golden, err := os.ReadFile("../vaultd/testdata/metrics.golden")
 	if err != nil {
@@ -255,7 +255,7 @@ var metricName = regexp.MustCompile(`\b(?:bkv|go|process)_\w+`)
 func TestDashboardAndRulesOnARunningVault(t *testing.T) {
 	t.Parallel()
 	d := deploy(t, storetest.New(t))
-	v := d.start(t)
+	v := d.start(t, tlsEnv(t, d.dir)...)
 	p := startPrometheus(t, v)
 	eventually(t, "a first scrape", func() bool { n, _ := p.query(t, `bkv_key_generation`); return n > 0 })
 	busy(t, d, v)

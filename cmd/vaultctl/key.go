@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/backup-key-vault/bkv/api"
-	"github.com/backup-key-vault/bkv/vault"
 )
 
 type keyCommand struct {

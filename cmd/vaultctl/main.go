@@ -41,6 +41,7 @@ type command struct {
 	Tenant   tenantCommand   `cmd:"" help:"Add and list tenants (apps) and the keys that verify their tokens."`
 	Key      keyCommand      `cmd:"" help:"Look at the token's keys, rotate and destroy them, through a running vaultd."`
 	Audit    auditCommand    `cmd:"" help:"Follow, prove and export the audit log."`
+	Status   statusCommand   `cmd:"" help:"Show how a running vaultd is: token, database, keys, certificates, and what is not covered. Exit status 0: all is well; 1: it cannot be told; 2: it serves, and an operator should look; 3: it cannot serve."`
 	Dev      devCommand      `cmd:"" help:"For development: make a tenant's key pair and mint tokens with it."`
 }
 

@@ -18,8 +18,10 @@ const description = "vaultd is the backup key vault: it keeps the keys of end-to
 type config struct {
 	VaultID     string            `name:"vault-id" env:"BKV_VAULT_ID" placeholder:"ID" help:"The vault's id, 1 to 255 bytes: the audience of tokens and OPAQUE's server identity. It can never change: every record depends on it."`
 	Context     string            `name:"opaque-context" env:"BKV_OPAQUE_CONTEXT" placeholder:"TEXT" help:"OPAQUE's context (RFC 9807). Leave it empty unless all clients send one; it can never change."`
-	Listen      string            `default:"127.0.0.1:8420" env:"BKV_LISTEN" placeholder:"HOST:PORT" help:"Where tenants' back ends reach the API. Plain HTTP: put it behind a proxy that ends TLS, or keep it on loopback."`
-	Admin       string            `name:"admin-listen" default:"127.0.0.1:8421" env:"BKV_ADMIN_LISTEN" placeholder:"HOST:PORT" help:"Where operators reach /healthz, /readyz and, with vaultctl key, the keys. Never public: whoever reaches it can rotate and destroy keys."`
+	Listen      string            `default:"127.0.0.1:8420" env:"BKV_LISTEN" placeholder:"HOST:PORT" help:"Where tenants' back ends reach the API. Without --tls-cert it is plain HTTP: put it behind a proxy that ends TLS, or keep it on loopback."`
+	TLS         tlsFiles          `embed:"" prefix:"tls-" envprefix:"BKV_TLS_" set:"listener=--listen"`
+	Admin       string            `name:"admin-listen" default:"127.0.0.1:8421" env:"BKV_ADMIN_LISTEN" placeholder:"HOST:PORT" help:"Where operators reach health, metrics and, with vaultctl, status, keys and the audit log. Never public: whoever reaches it can rotate and destroy keys."`
+	AdminTLS    tlsFiles          `embed:"" prefix:"admin-tls-" envprefix:"BKV_ADMIN_TLS_" set:"listener=--admin-listen"`
 	Token       settings.Token    `embed:"" prefix:"token-"`
 	Sessions    int               `name:"token-sessions" default:"4" env:"BKV_TOKEN_SESSIONS" placeholder:"N" help:"Sessions kept open with the token. SoftHSM gains nothing beyond a few; a hardware HSM may want 30."`
 	Database    settings.Database `embed:"" prefix:"database-"`
@@ -32,6 +34,11 @@ type config struct {
 	Checkpoints time.Duration     `name:"checkpoint-every" default:"10s" env:"BKV_CHECKPOINT_EVERY" placeholder:"DURATION" help:"Least time between two signed checkpoints of the audit log. Events are sealed within a second or two; what is not signed yet, whoever can write to the database can still change unseen."`
 	LogLevel    string            `default:"info" env:"BKV_LOG_LEVEL" placeholder:"LEVEL" help:"debug, info, warn or error. Logs are JSON lines on standard error; they never hold bodies, tokens, PINs or user ids."`
 
+	Connections           int `name:"max-connections" default:"4096" env:"BKV_MAX_CONNECTIONS" placeholder:"N" help:"Most connections that --listen keeps open; what comes beyond is closed at once."`
+	ConnectionsPerAddress int `name:"max-connections-per-address" default:"1024" env:"BKV_MAX_CONNECTIONS_PER_ADDRESS" placeholder:"N" help:"Most of these from one IPv4 address or IPv6 /64. A proxy in front is one address."`
+
+	RequestsPerUser     int `default:"120" env:"BKV_REQUESTS_PER_USER" placeholder:"N" help:"Requests that a user may make in a minute, at this instance, on all routes together."`
+	RequestsPerTenant   int `default:"1000" env:"BKV_REQUESTS_PER_TENANT" placeholder:"N" help:"Requests that a tenant may make in a second, at this instance; twice as many in a burst."`
 	EnrolmentsPerUser   int `default:"10" env:"BKV_ENROLMENTS_PER_USER" placeholder:"N" help:"Enrolment starts that a user may make in an hour, at this instance."`
 	EnrolmentsPerTenant int `default:"50" env:"BKV_ENROLMENTS_PER_TENANT" placeholder:"N" help:"Enrolment starts that a tenant may make in a second, at this instance; twice as many in a burst."`
 }
@@ -51,6 +58,8 @@ func (c *config) Validate() error {
 			report("%s: want host:port, got %q", listen.flag, listen.address)
 		}
 	}
+	problems = append(problems, c.TLS.problems("--tls-")...)
+	problems = append(problems, c.AdminTLS.problems("--admin-tls-")...)
 	problems = append(problems, c.Token.Problems()...)
 	if c.Sessions < 1 || c.Sessions > 1000 {
 		report("--token-sessions: want 1 to 1000, got %d", c.Sessions)
@@ -80,11 +89,17 @@ func (c *config) Validate() error {
 	if c.Checkpoints < time.Second || c.Checkpoints > time.Hour {
 		report("--checkpoint-every: want 1s to 1h, got %v", c.Checkpoints)
 	}
-	if c.EnrolmentsPerUser < 1 || c.EnrolmentsPerUser > 1_000_000 {
-		report("--enrolments-per-user: want 1 to 1000000, got %d", c.EnrolmentsPerUser)
-	}
-	if c.EnrolmentsPerTenant < 1 || c.EnrolmentsPerTenant > 1_000_000 {
-		report("--enrolments-per-tenant: want 1 to 1000000, got %d", c.EnrolmentsPerTenant)
+	for _, limit := range []struct {
+		flag string
+		n    int
+	}{
+		{"--max-connections", c.Connections}, {"--max-connections-per-address", c.ConnectionsPerAddress},
+		{"--requests-per-user", c.RequestsPerUser}, {"--requests-per-tenant", c.RequestsPerTenant},
+		{"--enrolments-per-user", c.EnrolmentsPerUser}, {"--enrolments-per-tenant", c.EnrolmentsPerTenant},
+	} {
+		if limit.n < 1 || limit.n > 1_000_000 {
+			report("%s: want 1 to 1000000, got %d", limit.flag, limit.n)
+		}
 	}
 	return errors.Join(problems...)
 }

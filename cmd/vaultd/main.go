@@ -11,7 +11,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
-	"strings"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -113,28 +113,21 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	warn(log, keys)
+	for _, what := range notCovered(&c, keys.Model(), keys.Weakness()) {
+		log.Warn(what)
+	}
 	m.watchToken(keys.Stats)
 	m.watchStore(db.Stats)
 	m.watchAudit(sequencer.Status)
 	return serve(ctx, &c, log, m, v, rotation, sequencer, keys, db, identity)
 }
 
-// warn says at every start what this deployment does not protect against.
-func warn(log *slog.Logger, keys *pkcs11util.Keyset) {
-	if strings.Contains(keys.Model(), "SoftHSM") {
-		log.Warn("the token is SoftHSM, a folder of files: whoever copies it, the PIN file and the database can guess passwords offline; use a hardware HSM in production")
-	}
-	if weakness := keys.Weakness(); weakness != "" {
-		log.Warn("the token's profile is of lower assurance than others", "weakness", weakness)
-	}
-	log.Warn("no witness keeps a second record of the attempts: whoever can replay old rows of the database has unlimited guesses")
-}
-
 func serve(ctx context.Context, c *config, log *slog.Logger, m *metrics, v *vault.Vault, rotation *vault.Rotation, sequencer *vault.Sequencer, keys *pkcs11util.Keyset, db *store.Store, identity *vault.Identity) error {
 	public, err := httpapi.New(httpapi.Config{
 		Vault: v, VaultID: c.VaultID, Tenants: db, Log: log, Observe: m.exchange,
 		Limits: httpapi.Limits{
+			RequestsPerUser:     httpapi.RateLimit{PerSecond: float64(c.RequestsPerUser) / 60, Burst: c.RequestsPerUser},
+			RequestsPerTenant:   httpapi.RateLimit{PerSecond: float64(c.RequestsPerTenant), Burst: 2 * c.RequestsPerTenant},
 			EnrolmentsPerUser:   httpapi.RateLimit{PerSecond: float64(c.EnrolmentsPerUser) / 3600, Burst: c.EnrolmentsPerUser},
 			EnrolmentsPerTenant: httpapi.RateLimit{PerSecond: float64(c.EnrolmentsPerTenant), Burst: 2 * c.EnrolmentsPerTenant},
 		},
@@ -144,11 +137,9 @@ func serve(ctx context.Context, c *config, log *slog.Logger, m *metrics, v *vaul
 	}
 	stopping, notReady := context.WithCancel(context.Background())
 	defer notReady()
-	health, err := httpapi.NewAdmin(log,
-		httpapi.Check{Name: "serving", Run: func(context.Context) error { return stopping.Err() }},
-		httpapi.Check{Name: "token", Run: keys.Check},
-		httpapi.Check{Name: "store", Run: db.Ping},
-	)
+	checks := []httpapi.Check{{Name: "token", Run: keys.Check}, {Name: "store", Run: db.Ping}}
+	health, err := httpapi.NewAdmin(log, append(slices.Clone(checks),
+		httpapi.Check{Name: "serving", Run: func(context.Context) error { return stopping.Err() }})...)
 	if err != nil {
 		return err
 	}
@@ -159,6 +150,14 @@ func serve(ctx context.Context, c *config, log *slog.Logger, m *metrics, v *vaul
 	admin.Handle("/audit/", httpapi.NewAuditAdmin(sequencer))
 	admin.Handle("GET /metrics", m.handler(log))
 
+	publicCerts, err := newCertificates("public", c.TLS, log)
+	if err != nil {
+		return fmt.Errorf("--tls-cert: %w", err)
+	}
+	adminCerts, err := newCertificates("admin", c.AdminTLS, log)
+	if err != nil {
+		return fmt.Errorf("--admin-tls-cert: %w", err)
+	}
 	publicListener, err := net.Listen("tcp", c.Listen)
 	if err != nil {
 		return fmt.Errorf("--listen: %w", err)
@@ -169,25 +168,48 @@ func serve(ctx context.Context, c *config, log *slog.Logger, m *metrics, v *vaul
 		return fmt.Errorf("--admin-listen: %w", err)
 	}
 	defer adminListener.Close()
+	certs := slices.DeleteFunc([]*certificates{publicCerts, adminCerts}, func(c *certificates) bool { return c == nil })
+	m.watchCertificates(certs...)
+	watch := &watcher{overview: rotation.Overview, log: log}
+	m.watchKeys(watch)
+	status := &statusReport{
+		config: c, identity: identity, started: time.Now(), stopping: stopping, log: log, now: time.Now, checks: checks,
+		model: keys.Model, serial: keys.Serial, strategy: keys.Strategy, token: keys.Stats, pool: db.Stats, server: db.ServerStatus,
+		keys: watch, audit: sequencer.Status, weakness: keys.Weakness, certificates: certs,
+	}
+	admin.HandleFunc("GET /health", status.health)
+	admin.HandleFunc("GET /status", status.report)
 
-	servers := []*http.Server{newServer(until(stopping, promhttp.InstrumentHandlerInFlight(m.inFlight, public)), log), newServer(admin, log)}
+	servers := []*http.Server{
+		newServer(until(stopping, promhttp.InstrumentHandlerInFlight(m.inFlight, public)), publicCerts, log), newServer(byOperator(admin), adminCerts, log),
+	}
 	failed := make(chan error, len(servers))
-	for i, listener := range []net.Listener{publicListener, adminListener} {
-		go func() { failed <- servers[i].Serve(listener) }()
+	listeners := []*bounded{
+		bound(publicListener, c.Connections, c.ConnectionsPerAddress), bound(adminListener, adminConnections, adminConnections),
+	}
+	m.watchConnections(map[string]*bounded{"public": listeners[0], "admin": listeners[1]})
+	for i, listener := range listeners {
+		go func() {
+			if servers[i].TLSConfig != nil {
+				failed <- servers[i].ServeTLS(listener, "", "")
+			} else {
+				failed <- servers[i].Serve(listener)
+			}
+		}()
 	}
 	sweepCtx, stopSweeping := context.WithCancel(ctx)
 	// Rotation ends after the last request, to report its seals, and the sequencer, to seal what it did.
 	rotationCtx, stopRotation := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopRotation()
 	var sweeper sync.WaitGroup
-	watch := &watcher{overview: rotation.Overview, log: log}
-	m.watchKeys(watch)
 	sweeper.Go(func() { watch.run(sweepCtx) })
+	sweeper.Go(func() { keepCertificates(sweepCtx, log, certs) })
 	sweeper.Go(func() { sweep(sweepCtx, v, c.Sweep, log, m) })
 	sweeper.Go(func() { rotation.Run(rotationCtx) })
 	sweeper.Go(func() { sequencer.Run(rotationCtx) })
 	log.Info("serving", "vault_id", c.VaultID, "fingerprint", identity.Fingerprint.String(),
-		"listen", publicListener.Addr().String(), "admin_listen", adminListener.Addr().String())
+		"listen", publicListener.Addr().String(), "admin_listen", adminListener.Addr().String(),
+		"tls", publicCerts != nil, "admin_tls", adminCerts != nil)
 
 	select {
 	case <-ctx.Done():
@@ -238,13 +260,23 @@ const (
 	writeTimeout      = 30 * time.Second
 	idleTimeout       = 2 * time.Minute
 	maxHeaderBytes    = 32 << 10
+	// maxStreams bounds the requests that run at one time on a connection of HTTP/2; on one of HTTP/1.1 it is one.
+	maxStreams = 100
+	// adminConnections bounds those of the admin listener: operators, load balancers, Prometheus.
+	adminConnections = 256
 )
 
-func newServer(h http.Handler, log *slog.Logger) *http.Server {
-	return &http.Server{
+// newServer serves h, with TLS if there are certificates.
+func newServer(h http.Handler, certs *certificates, log *slog.Logger) *http.Server {
+	s := &http.Server{
 		Handler: h, ReadHeaderTimeout: readHeaderTimeout, ReadTimeout: readTimeout, WriteTimeout: writeTimeout,
-		IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeaderBytes, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeaderBytes, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
+	if certs != nil {
+		s.Handler, s.TLSConfig = certs.admit(h), certs.serverConfig()
+	}
+	return s
 }
 
 // sweep destroys what is due, every interval, until ctx is over.

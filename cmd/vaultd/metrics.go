@@ -98,7 +98,7 @@ func newMetrics() *metrics {
 		m.operations, m.operating, m.waiting,
 	)
 	// What can be counted is there from the start, as a rate needs a zero to begin with.
-	for _, kind := range []vault.EventKind{vault.EventStaged, vault.EventActivated, vault.EventFrozen, vault.EventReinstated,
+	for _, kind := range []vault.EventKind{vault.EventStaged, vault.EventActivated, vault.EventFrozen, vault.EventReinstated, vault.EventTurnedOff,
 		vault.EventAttempt, vault.EventSuccess, vault.EventFailure, vault.EventDestroyed} {
 		m.events.WithLabelValues(string(kind))
 	}

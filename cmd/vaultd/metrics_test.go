@@ -27,6 +27,8 @@ func allMetrics() *metrics {
 	m.watchStore(func() store.Stats { return store.Stats{} })
 	m.watchAudit(func() vault.AuditStatus { return vault.AuditStatus{} })
 	m.watchKeys(&watcher{})
+	m.watchCertificates()
+	m.watchConnections(nil)
 	return m
 }
 
