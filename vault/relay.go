@@ -111,6 +111,7 @@ func (v *Vault) OpenCapsule(ctx context.Context, capsule []byte) ([]byte, *ohttp
 	if err != nil {
 		return nil, nil, err
 	}
+	refused := ohttp.ErrUnknownKey
 	for _, generation := range slices.Backward(v.token.Generations(purposeRelay)) {
 		config := ohttp.KeyConfig{ID: header.KeyID, KEM: header.KEM}
 		switch {
@@ -129,12 +130,12 @@ func (v *Vault) OpenCapsule(ctx context.Context, capsule []byte) ([]byte, *ohttp
 			continue
 		}
 		request, opened, err := config.Open(private, capsule)
-		if errors.Is(err, ErrTokenUnavailable) {
-			return nil, nil, err
+		if err == nil || errors.Is(err, ErrTokenUnavailable) {
+			return request, opened, err
 		}
-		return request, opened, err
+		refused = err // 128 generations later another key has the same id
 	}
-	return nil, nil, ohttp.ErrUnknownKey
+	return nil, nil, refused
 }
 
 // relayPrivate is the private key of a generation, for one request; nil if it has no such half.

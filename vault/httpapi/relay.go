@@ -27,8 +27,9 @@ import (
 const (
 	relayPath     = "/v1/relay"
 	relayKeysPath = "/v1/relay/keys"
-	// maxCapsuleBytes bounds a capsule: a body of maxBodyBytes, its path and header, and the encapsulation.
-	maxCapsuleBytes = maxBodyBytes + 8<<10
+	// maxCapsuleBytes bounds a capsule: the size class into which a body of maxBodyBytes falls with its path and header,
+	// and the encapsulation.
+	maxCapsuleBytes = 2*maxBodyBytes + 2<<10
 	// chunkedMediaType is Chunked Oblivious HTTP's (draft-ietf-ohai-chunked-ohttp), whose answers come in parts.
 	chunkedMediaType = "message/ohttp-chunked-req"
 )
