@@ -97,7 +97,7 @@ type Token interface {
 	PublicKey(purpose string, generation uint32) ([33]byte, error)
 	// MAC is HMAC-SHA-256 under the mac key of this generation.
 	MAC(ctx context.Context, generation uint32, message []byte) ([32]byte, error)
-	// Sign is ECDSA over P-256 (r and s, 32 bytes each) by the key of purpose ("identity").
+	// Sign is ECDSA over P-256 (r and s, 32 bytes each) by the key of purpose ("identity", "audit").
 	Sign(ctx context.Context, purpose string, generation uint32, digest [32]byte) ([64]byte, error)
 	// Newest is the generation of purpose that new work uses.
 	Newest(purpose string) uint32

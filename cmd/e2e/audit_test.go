@@ -15,6 +15,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/backup-key-vault/bkv/api"
 	"github.com/backup-key-vault/bkv/store/storetest"
 )
 
@@ -99,6 +100,17 @@ func TestAuditLog(t *testing.T) {
 	mustRun(t, admin, "vaultctl", "key", "rotate", "audit")
 	mustRun(t, admin, "vaultctl", "key", "destroy", "audit", "1")
 	settled(t, d.database)
+
+	eventually(t, "the admin listener says so", func() bool {
+		var status api.AuditStatus
+		r := get(t, v.admin+"/audit/")
+		if err := json.Unmarshal(r.body, &status); err != nil || r.status != 200 || status.Fault != "" {
+			t.Fatalf("%v, %v", r, err)
+		}
+		sealed := query[int64](t, d.database, `SELECT max(sequence) FROM event_seals`)
+		return status.Sealing && status.Sealed == uint64(sealed) && status.Signed == status.Sealed && status.SignedAt != nil &&
+			status.At != nil && status.Waiting == 0 && status.LagSeconds == 0
+	})
 
 	// Verified in the database and, without it, in an export; what the checkpoint file remembers is still there.
 	o := a.says(t, 0, `^proved: events 1 to \d+, signed at .* by audit/2\n$`, ``, "verify", "--save="+a.file("checkpoint"))
@@ -207,6 +219,29 @@ func TestAuditLog(t *testing.T) {
 	if _, err := os.Stat(a.file("unwritten")); err == nil {
 		t.Error("a checkpoint of a log that is not proved was saved")
 	}
+	// A vaultd that starts now serves on: what was changed lies before the newest checkpoint. Where it lies after it, or the
+	// checkpoint itself is another, it seals no more and says so.
+	do(`UPDATE audit_checkpoints SET signature = sha256('x') || sha256('y') WHERE sequence = (SELECT max(sequence) FROM audit_checkpoints)`)
+	faulty := d.start(t)
+	eventually(t, "the fault shows", func() bool {
+		var status api.AuditStatus
+		if err := json.Unmarshal(get(t, faulty.admin+"/audit/").body, &status); err != nil {
+			t.Fatal(err)
+		}
+		return strings.HasPrefix(status.Fault, "checkpoint at ") && strings.Contains(faulty.log.String(), "the audit log is not as the vault wrote it: checkpoint at ")
+	})
+	if ready, failing := readiness(t, faulty); !ready {
+		t.Errorf("not ready: %v", failing)
+	}
+	if _, err := d.device(t, "ann", at(faulty)).Recover(ctx, "right"); err != nil {
+		t.Errorf("recovering beside a log that was tampered with: %v", err)
+	}
+	faulty.stop(t)
+	if n := query[int64](t, d.database, `SELECT count(*) FROM unsealed_events`); n == 0 {
+		t.Error("events were sealed over a log that does not prove")
+	}
+	a.says(t, 2, `(?m)^checkpoint at \d+: the signature does not verify$`, `tampered with: 2 findings`, "verify")
+	do(`DELETE FROM audit_checkpoints WHERE sequence = (SELECT max(sequence) FROM audit_checkpoints)`)
 	do(`UPDATE events SET kind = 'failure' WHERE id = (SELECT event_id FROM event_seals WHERE sequence = ` + fmt.Sprint(failure) + `)`)
 	a.says(t, 0, `^proved`, ``, "verify")
 	do(`DELETE FROM audit_checkpoints WHERE sequence > 2`)
