@@ -111,8 +111,8 @@ func (f *folder) Delete(_ context.Context, name string) error {
 	}
 	// Folders that are empty now go too, as they would in a bucket, which has none.
 	for dir := path.Dir(name); dir != "."; dir = path.Dir(dir) {
-		if f.root.Remove(dir) != nil {
-			return f.sync(dir)
+		if err := f.root.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return f.sync(dir) // it is not empty
 		}
 	}
 	return f.sync(".")

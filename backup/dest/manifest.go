@@ -37,7 +37,14 @@ type Manifest struct {
 	// Serial grows by one with each change.
 	Serial   uint64    `json:"serial"`
 	Archives []Archive `json:"archives"` // oldest first
+
+	// tookOver: what is at the destination was made with an older key.
+	tookOver bool
 }
+
+// TakeOver says that this manifest was read with an older key, and is to be written with
+// another one over the one that is there.
+func (m *Manifest) TakeOver() { m.tookOver = true }
 
 // Archive is one archive as it was written.
 type Archive struct {
@@ -131,15 +138,15 @@ var ErrChanged = errors.New("another device wrote to this destination meanwhile:
 // it was made of. Two writers in the same moment can still miss each other where Lock does
 // nothing; what the later one does not know of is then never deleted, and never restored.
 //
-// Errors: ErrChanged, and the destination's.
+// Errors: ErrChanged, and the destination's. After the latter it is not known which of the two
+// is there.
 func (m *Manifest) Write(ctx context.Context, d Destination, key backup.Key) error {
 	there, err := ReadManifest(ctx, d, key)
 	switch {
 	case errors.Is(err, ErrNoManifest):
 		there = &Manifest{}
-	case errors.Is(err, ErrForeignManifest) && m.Serial == 0:
-		// It is to be replaced, with the archives that it lists.
-		there = &Manifest{}
+	case errors.Is(err, ErrForeignManifest) && m.tookOver:
+		there = &Manifest{Serial: m.Serial}
 	case err != nil:
 		return err
 	}
@@ -158,6 +165,7 @@ func (m *Manifest) Write(ctx context.Context, d Destination, key backup.Key) err
 	if err != nil {
 		return fmt.Errorf("writing the manifest: %w", err)
 	}
+	m.tookOver = false
 	return nil
 }
 

@@ -76,7 +76,7 @@ func (r *backingUp) run(paths []string, keys []backup.Key) error {
 		return err
 	}
 	now := time.Now()
-	name := dest.ArchivePrefix + now.UTC().Format("20060102T150405Z-") + strings.ToLower(rand.Text()[:6]) + dest.ArchiveSuffix
+	name := dest.ArchivePrefix + now.UTC().Format("20060102T150405.000Z-") + strings.ToLower(rand.Text()[:6]) + dest.ArchiveSuffix
 	// The manifest says what is to be written before it is, so that what an interruption leaves
 	// is known for what it is.
 	r.manifest.Archives = append(r.manifest.Archives, dest.Archive{Name: name, Created: now.UTC().Truncate(time.Second), Unfinished: true})
@@ -97,7 +97,8 @@ func (r *backingUp) run(paths []string, keys []backup.Key) error {
 	finished := *entry
 	r.supersede(finished)
 	if err := r.manifest.Write(r.ctx, r.where, r.key); err != nil {
-		return r.abandon(err)
+		// It may have been written all the same, so both the new archive and the old ones stay.
+		return err
 	}
 	if err := r.remember(finished); err != nil {
 		return err
@@ -118,7 +119,7 @@ func (r *backingUp) begin(keys []backup.Key) error {
 		}
 		// The key was changed since: all of it is superseded by what is to be written.
 		if old, oldErr := dest.ReadManifest(r.ctx, r.where, older); oldErr == nil {
-			old.Serial = 0
+			old.TakeOver()
 			m, err = old, nil
 		}
 	}
@@ -135,7 +136,34 @@ func (r *backingUp) begin(keys []backup.Key) error {
 		return fmt.Errorf("%s: the list of backups there is older than the one that this device wrote (%d after %d): somebody put old files back", r.where, m.Serial, last.Serial)
 	}
 	r.manifest = m
+	if err := r.insistOnNewest(); err != nil {
+		return err
+	}
 	return r.sweep()
+}
+
+// insistOnNewest makes sure, before anything is deleted that an interrupted run left to be, that what
+// took its place is there. If the destination lost that, the older ones count again.
+func (r *backingUp) insistOnNewest() error {
+	live := r.manifest.Live()
+	if len(live) > 0 {
+		newest := live[len(live)-1]
+		content, length, err := r.where.Read(r.ctx, newest.Name)
+		if err == nil {
+			err = content.Close()
+			if length == newest.Size {
+				return err
+			}
+		}
+		if err != nil && !errors.Is(err, dest.ErrNotFound) {
+			return err
+		}
+		r.warn("WARNING: the last backup, %s, is not there as it was written: somebody changed or deleted it.", newest.Name)
+	}
+	for i := range r.manifest.Archives {
+		r.manifest.Archives[i].Superseded = false
+	}
+	return nil
 }
 
 // sweep deletes what the manifest says is unfinished or superseded. It may be gone already.
@@ -305,9 +333,6 @@ func (r *backingUp) abandon(cause error) error {
 	last := len(r.manifest.Archives) - 1
 	if err := r.where.Delete(ctx, r.manifest.Archives[last].Name); err != nil {
 		return cause
-	}
-	for i := range r.manifest.Archives {
-		r.manifest.Archives[i].Superseded = false
 	}
 	r.manifest.Archives = r.manifest.Archives[:last]
 	_ = r.manifest.Write(ctx, r.where, r.key) // the cause says more, and the next run does it

@@ -30,6 +30,13 @@ func (c *passwordCommand) Run(e *environment) error {
 		e.say("Your key is back, under the password that it had.")
 		return nil
 	}
+	var password string
+	if c.NewPasswordFile != "" && !c.Reinstate { // before an attempt is made with the old one
+		var err error
+		if password, err = e.newPassword(c.NewPasswordFile); err != nil {
+			return err
+		}
+	}
 	if errors.Is(err, errNotSetUp) && !c.Reinstate {
 		e.say("This device does not have the key, so the old password is needed.")
 		recovered, err := e.recoverKey(vault, c.passwordFlags)
@@ -46,9 +53,10 @@ func (c *passwordCommand) Run(e *environment) error {
 	} else if err != nil {
 		return err
 	}
-	password, err := e.newPassword(c.NewPasswordFile)
-	if err != nil {
-		return err
+	if password == "" {
+		if password, err = e.newPassword(""); err != nil {
+			return err
+		}
 	}
 	enrolled, err := e.finishEnrolment(c.change(e, vault, keys[0], password))
 	if err != nil {

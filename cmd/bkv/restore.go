@@ -24,8 +24,8 @@ type restoreCommand struct {
 	List         bool   `help:"Show the backups that are there, and restore none."`
 	Overwrite    bool   `help:"Replace the folder if it exists, once the backup is restored beside it and found whole."`
 	OutsideLinks bool   `help:"Also restore symbolic links that point out of the folder."`
-	Digits       bool   `help:"On a device without the key: ask for the 64 digits in place of the password."`
-	DigitsFile   string `placeholder:"FILE" help:"On a device without the key: file with the 64 digits."`
+	Digits       bool   `help:"Ask for the 64 digits: in place of the password, or for a backup that was made with another key than this device's."`
+	DigitsFile   string `placeholder:"FILE" help:"File with the 64 digits, for use without a terminal."`
 	AcceptOlder  bool   `help:"Restore even if the list of backups is older than what this device wrote."`
 	KeyStore     string `enum:"auto,keyring,file" default:"auto" help:"On a device without the key: where to keep it then, as in setup."`
 }
@@ -71,7 +71,7 @@ func (c *restoreCommand) run(e *environment, where dest.Destination) error {
 	if err != nil {
 		return err
 	}
-	key, manifest, err := findManifest(e.ctx, where, keys)
+	manifest, err := findManifest(e.ctx, where, keys)
 	if err != nil {
 		return err
 	}
@@ -93,7 +93,13 @@ func (c *restoreCommand) run(e *environment, where dest.Destination) error {
 	if err := os.Mkdir(stage, 0o700); err != nil {
 		return err
 	}
-	summary, err := c.extract(e, where, key, entry, stage)
+	summary, err := c.extract(e, where, keys[0], entry, stage)
+	for _, older := range keys[1:] {
+		if !errors.Is(err, archive.ErrWrongKey) {
+			break
+		}
+		summary, err = c.extract(e, where, older, entry, stage) // nothing was written yet
+	}
 	if err == nil {
 		err = c.place(stage, target, exists)
 	}
@@ -146,7 +152,11 @@ func hasManifest(ctx context.Context, where dest.Destination) error {
 // keys are this device's keys or, on a new one, the key by password or digits, which it then keeps.
 func (c *restoreCommand) keys(e *environment) ([]backup.Key, error) {
 	keys, err := e.device.keys()
-	if err == nil || !errors.Is(err, errNotSetUp) {
+	switch {
+	case err == nil && (c.Digits || c.DigitsFile != ""): // for this once
+		key, err := e.readDigits(c.DigitsFile)
+		return []backup.Key{key}, err
+	case !errors.Is(err, errNotSetUp):
 		return keys, err
 	}
 	setup := setupCommand{vaultFlags: c.vaultFlags, passwordFlags: c.passwordFlags, Mode: modePassword, Recover: true, KeyStore: c.KeyStore, DigitsFile: c.DigitsFile}
@@ -159,16 +169,16 @@ func (c *restoreCommand) keys(e *environment) ([]backup.Key, error) {
 	return e.device.keys()
 }
 
-// findManifest reads the manifest, and returns the key that it was made with.
-func findManifest(ctx context.Context, where dest.Destination, keys []backup.Key) (backup.Key, *dest.Manifest, error) {
+// findManifest reads the manifest with the key that it was made with.
+func findManifest(ctx context.Context, where dest.Destination, keys []backup.Key) (*dest.Manifest, error) {
 	var m *dest.Manifest
 	var err error
 	for _, key := range keys {
 		if m, err = dest.ReadManifest(ctx, where, key); err == nil {
-			return key, m, nil
+			return m, nil
 		}
 	}
-	return backup.Key{}, nil, fmt.Errorf("%s: %w", where, err)
+	return nil, fmt.Errorf("%s: %w", where, err)
 }
 
 // list shows what can be restored, oldest first.

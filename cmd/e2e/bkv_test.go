@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -24,22 +25,48 @@ func (d *deployment) bkvEnv(v *vaultd, dir, user string) []string {
 	}
 }
 
-// TestBkvScripts runs testdata/bkv. Each script is a user of its own, called as the script, of one
-// vault without delays, with the environment of a device, and this command besides testscript's:
+// served is a deployment with a vaultd that serves.
+type served struct {
+	*deployment
+	vault *vaultd
+}
+
+// TestBkv is bkv with a vault, whose tenant has no delays. Each test is users of its own.
+func TestBkv(t *testing.T) {
+	t.Parallel()
+	d := deploy(t, storetest.New(t))
+	s := &served{d, d.start(t)}
+	for name, test := range map[string]func(*testing.T, *served){
+		"scripts":                bkvScripts,
+		"password at a terminal": passwordAtATerminal,
+		"backup at a terminal":   backupAtATerminal,
+		"token asked for again":  tokenAskedForAgain,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			test(t, s)
+		})
+	}
+}
+
+// bkvScripts runs testdata/bkv. Each script is a user, called as the script, with the
+// environment of a device, and this command besides testscript's own:
 //
 //	[!] bkv ARGUMENTS
 //
 // It fails unless bkv succeeds; with !, unless bkv ends with status 1 and says why.
 // Either way it fails if a crash shows in what bkv wrote.
-func TestBkvScripts(t *testing.T) {
-	t.Parallel()
-	d := deploy(t, storetest.New(t))
-	v := d.start(t)
+func bkvScripts(t *testing.T, s *served) {
+	runBkvScripts(t, "testdata/bkv", func(e *testscript.Env) []string {
+		return s.bkvEnv(s.vault, e.WorkDir, strings.TrimPrefix(filepath.Base(e.WorkDir), "script-"))
+	})
+}
+
+func runBkvScripts(t *testing.T, dir string, environment func(*testscript.Env) []string) {
 	testscript.Run(t, testscript.Params{
-		Dir: "testdata/bkv", WorkdirRoot: t.TempDir(), UpdateScripts: *update, RequireUniqueNames: true,
+		Dir: dir, WorkdirRoot: t.TempDir(), UpdateScripts: *update, RequireUniqueNames: true,
 		Setup: func(e *testscript.Env) error {
-			name := strings.TrimPrefix(filepath.Base(e.WorkDir), "script-")
-			for _, env := range append(d.bkvEnv(v, e.WorkDir, name), bareEnv...) {
+			for _, env := range append(slices.Clone(bareEnv), environment(e)...) {
 				name, value, _ := strings.Cut(env, "=")
 				e.Setenv(name, value)
 			}
