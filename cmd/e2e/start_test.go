@@ -27,6 +27,12 @@ var nonsense = []struct{ env, value, complaint string }{
 	{"BKV_OPAQUE_CONTEXT", strings.Repeat("x", 65536), `--opaque-context: want at most 65535 bytes, got 65536`},
 	{"BKV_LISTEN", "nowhere", `--listen: want host:port, got "nowhere"`},
 	{"BKV_ADMIN_LISTEN", "8421", `--admin-listen: want host:port, got "8421"`},
+	{"BKV_TLS_CERT", "/nowhere/cert", `--tls-cert: open /nowhere/cert: no such file or directory`},
+	{"BKV_TLS_KEY", "/nowhere/key", `--tls-key: open /nowhere/key: no such file or directory`},
+	{"BKV_TLS_CLIENT_CA", "/nowhere/ca", `--tls-client-ca: open /nowhere/ca: no such file or directory`},
+	{"BKV_ADMIN_TLS_CERT", "/nowhere/cert", `--admin-tls-cert: open /nowhere/cert: no such file or directory`},
+	{"BKV_ADMIN_TLS_KEY", "/nowhere/key", `--admin-tls-key: open /nowhere/key: no such file or directory`},
+	{"BKV_ADMIN_TLS_CLIENT_CA", "/nowhere/ca", `--admin-tls-client-ca: open /nowhere/ca: no such file or directory`},
 	{"BKV_TOKEN_MODULE", "", `--token-module: name the PKCS#11 module`},
 	{"BKV_TOKEN_LABEL", strings.Repeat("x", 33), `--token-label: want 1 to 32 bytes, got 33`},
 	{"BKV_TOKEN_PIN_FILE", "", `--token-pin-file: name the file that holds the token's user PIN`},
@@ -39,6 +45,10 @@ var nonsense = []struct{ env, value, complaint string }{
 	{"BKV_ROTATE_RELAY_EVERY", "30s", `--rotate-relay-every: want 1m to 8760h, got 30s`},
 	{"BKV_REWRAPS_PER_SECOND", "0", `--rewraps-per-second: want 1 to 1000000, got 0`},
 	{"BKV_CHECKPOINT_EVERY", "1ms", `--checkpoint-every: want 1s to 1h, got 1ms`},
+	{"BKV_MAX_CONNECTIONS", "0", `--max-connections: want 1 to 1000000, got 0`},
+	{"BKV_MAX_CONNECTIONS_PER_ADDRESS", "0", `--max-connections-per-address: want 1 to 1000000, got 0`},
+	{"BKV_REQUESTS_PER_USER", "0", `--requests-per-user: want 1 to 1000000, got 0`},
+	{"BKV_REQUESTS_PER_TENANT", "-5", `--requests-per-tenant: want 1 to 1000000, got -5`},
 	{"BKV_ENROLMENTS_PER_TENANT", "-1", `--enrolments-per-tenant: want 1 to 1000000, got -1`},
 }
 

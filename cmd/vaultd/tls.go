@@ -34,6 +34,16 @@ type tlsFiles struct {
 
 // problems names what is wrong. flag begins the names of the flags.
 func (f tlsFiles) problems(flag string) (problems []error) {
+	for _, named := range []struct{ name, file string }{{"cert", f.Cert}, {"key", f.Key}, {"client-ca", f.ClientCA}} {
+		if named.file == "" {
+			continue
+		}
+		if file, err := os.Open(named.file); err != nil {
+			problems = append(problems, fmt.Errorf("%s%s: %w", flag, named.name, err))
+		} else {
+			_ = file.Close() // it was not read yet
+		}
+	}
 	if (f.Cert == "") != (f.Key == "") {
 		problems = append(problems, fmt.Errorf("%scert and %skey: want both or neither", flag, flag))
 	}

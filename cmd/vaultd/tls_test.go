@@ -64,6 +64,27 @@ func TestCertificatesThatCannotServe(t *testing.T) {
 	}
 }
 
+// Files of TLS come together, and are looked for before anything else is done.
+func TestTLSSettings(t *testing.T) {
+	there := writeFile(t, t.TempDir(), "file", nil)
+	for _, c := range []struct {
+		files tlsFiles
+		want  []string
+	}{
+		{tlsFiles{}, nil},
+		{tlsFiles{Cert: there, Key: there, ClientCA: there}, nil},
+		{tlsFiles{Cert: there}, []string{"--x-cert and --x-key: want both"}},
+		{tlsFiles{Key: there}, []string{"--x-cert and --x-key: want both"}},
+		{tlsFiles{ClientCA: there}, []string{"--x-client-ca: needs --x-cert"}},
+		{tlsFiles{Cert: "/nowhere", Key: there}, []string{"--x-cert: open /nowhere"}},
+	} {
+		got := c.files.problems("--x-")
+		if len(got) != len(c.want) || len(got) == 1 && !strings.HasPrefix(got[0].Error(), c.want[0]) {
+			t.Errorf("%+v: got %v, want %v", c.files, got, c.want)
+		}
+	}
+}
+
 // A changed pair is taken into use; one that cannot serve is not, and shows until it is mended.
 func TestCertificatesAreReloaded(t *testing.T) {
 	dir := t.TempDir()
