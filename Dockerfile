@@ -10,9 +10,12 @@ FROM golang:1.26-bookworm AS build
 WORKDIR /src
 # A module proxy of your own, if you have one; go.sum guards what it sends.
 ARG GOPROXY
+# What vaultctl and the metrics call this build; none if it is left out.
+ARG VERSION
 COPY . .
 # No 'go mod download' first: it would fetch what other programs need, too.
-RUN CGO_ENABLED=1 go build -trimpath -ldflags='-s -w' -o /out/ ./cmd/vaultd ./cmd/vaultctl
+RUN CGO_ENABLED=1 go build -trimpath -ldflags="-s -w -X github.com/backup-key-vault/bkv/cmd/internal/version.version=$VERSION" \
+	-o /out/ ./cmd/vaultd ./cmd/vaultctl
 
 FROM debian:bookworm-slim
 # ca-certificates: for a database over TLS. What dpkg and apt write besides the files goes.
