@@ -38,6 +38,7 @@ type service struct {
 	pin     transcript.Fingerprint
 	signer  ed25519.PrivateKey // the tenant's
 	policy  vault.Policy
+	strict  bool // the tenant does not trust its back end with passwords
 
 	// Of a service in memory only.
 	store *vaulttest.MemoryStore
@@ -50,7 +51,7 @@ func (s *service) Tenants(context.Context) ([]vault.Tenant, error) {
 	if err != nil {
 		return nil, err
 	}
-	return []vault.Tenant{{ID: tenant, DirectEnrolment: true, Policy: s.policy, Keys: []vault.TenantKey{{ID: keyID, PublicKey: public}}}}, nil
+	return []vault.Tenant{{ID: tenant, DirectEnrolment: !s.strict, Policy: s.policy, Keys: []vault.TenantKey{{ID: keyID, PublicKey: public}}}}, nil
 }
 
 // newService is a service with a software token and a store in memory.
