@@ -1,5 +1,5 @@
 // Package backup is the backup key K: how it is made, how it is shown and read
-// as 64 digits, and what is derived from it.
+// as 64 digits, what is derived from it, and how it seals a backup that fits into memory.
 //
 // K is 32 random bytes, made on the device. Whoever holds it can read the backup
 // and can prove to a vault that he is its owner, so the type hides itself from
@@ -8,7 +8,7 @@
 //
 // The package trusts its caller with K and nothing else with anything: what a
 // person typed is hostile input to [ParseDigits], which never panics and whose
-// errors never contain what was typed. All functions are pure but NewKey, and all
+// errors never contain what was typed. All functions are pure but those that draw from random, and all
 // are safe for concurrent use.
 package backup
 

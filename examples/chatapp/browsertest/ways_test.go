@@ -132,6 +132,13 @@ func TestPasskeyBesideThePassword(t *testing.T) {
 	alice.goes("chats")
 	alice.press("bob")
 	alice.sees(secretMessage)
+	alice.goes("backup")
+	eventually(t, "the vault is asked for the status", func() bool { return d.capsules() > 0 })
+	alice.press("Back up now")
+	alice.says("Backup saved.")
+	if warning := alice.text(`document.getElementById("vault-notice").innerText`); warning != "" {
+		t.Errorf("after a restore by passkey it warns: %s", warning)
+	}
 
 	// Elsewhere, where the passkey is not, the password still works.
 	next := d.newPhone()

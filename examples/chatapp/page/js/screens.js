@@ -114,8 +114,10 @@ export function backupScreens(state, { go, changed }) {
       }
       status = { generations: [] };
     }
-    const mine = status.generations.find((g) => g.id === b().kept.facts.generation);
     const active = status.generations.find((g) => g.state === "active");
+    // A key that came by passkey does not know its generation.
+    const { generation = active?.id } = b().kept.facts;
+    const mine = status.generations.find((g) => g.id === generation);
     if (mine?.state === "frozen") {
       warn(`Somebody set up a new backup for your account, or turned yours off, without this phone’s key. If that was not you, bring yours back within ${duration(mine.expiresSeconds ?? 0)}.`,
         "Bring my backup back", () => run("Bringing your backup back…", (job) => b().reinstate(job), { then: async () => { await showBackup(); notice("Your backup is back."); } }));
