@@ -76,7 +76,7 @@ func fail(err error) int {
 
 // patience bounds every wait for something that must happen. A run that is well
 // never gets near it.
-const patience = 60 * time.Second
+const patience = 3 * time.Minute
 
 // needBrowser skips where there is none, and fails in CI.
 func needBrowser(t *testing.T) {
