@@ -28,6 +28,7 @@ type flags struct {
 	Fingerprint string `required:"" help:"The vault's fingerprint, as vaultctl identity prints it."`
 	VaultID     string `name:"vault-id" required:"" env:"BKV_VAULT_ID" help:"The vault's id."`
 	Tenant      string `required:"" help:"The tenant whose back end is played. It should have no delays."`
+	Trusted     string `required:"" help:"A second tenant with the same key, declared direct-enrolment."`
 	KID         string `name:"kid" required:"" help:"The id of the tenant's key."`
 	Key         string `required:"" placeholder:"FILE" help:"The tenant's private key (PEM, Ed25519)."`
 	Database    string `required:"" placeholder:"FILE" help:"File with the database's URL, to show what is stored."`
@@ -55,7 +56,7 @@ const (
 type story struct {
 	flags
 	fingerprint transcript.Fingerprint
-	mint        func(context.Context) (string, error)
+	mint        func(tenant string) func(context.Context) (string, error)
 	db          *pgx.Conn
 	secrets     map[string][]byte // what must be nowhere in the database
 }
@@ -83,7 +84,7 @@ func run(ctx context.Context, f flags) error {
 }
 
 // minter signs tokens as the app's back end does.
-func minter(f flags) (func(context.Context) (string, error), error) {
+func minter(f flags) (func(tenant string) func(context.Context) (string, error), error) {
 	raw, err := os.ReadFile(f.Key)
 	if err != nil {
 		return nil, err
@@ -92,25 +93,36 @@ func minter(f flags) (func(context.Context) (string, error), error) {
 	if err != nil {
 		return nil, err
 	}
-	return func(context.Context) (string, error) {
-		now := time.Now()
-		token := jwt.NewWithClaims(jwt.SigningMethodEdDSA, jwt.RegisteredClaims{
-			Issuer: f.Tenant, Subject: user, Audience: jwt.ClaimStrings{f.VaultID},
-			IssuedAt: jwt.NewNumericDate(now), ExpiresAt: jwt.NewNumericDate(now.Add(5 * time.Minute)),
-		})
-		token.Header["kid"] = f.KID
-		return token.SignedString(key)
+	return func(tenant string) func(context.Context) (string, error) {
+		return func(context.Context) (string, error) {
+			now := time.Now()
+			token := jwt.NewWithClaims(jwt.SigningMethodEdDSA, jwt.RegisteredClaims{
+				Issuer: tenant, Subject: user, Audience: jwt.ClaimStrings{f.VaultID},
+				IssuedAt: jwt.NewNumericDate(now), ExpiresAt: jwt.NewNumericDate(now.Add(5 * time.Minute)),
+			})
+			token.Header["kid"] = f.KID
+			return token.SignedString(key)
+		}
 	}, nil
 }
 
 // device is a phone: it has the app, the vault's fingerprint, and nothing else.
 func (s *story) device() (*client.Client, error) {
-	transport, err := httpclient.New(httpclient.Config{BaseURL: s.URL})
+	transport, err := s.transport()
 	if err != nil {
 		return nil, err
 	}
+	return s.deviceOver(transport, s.Tenant, false)
+}
+
+func (s *story) transport() (client.Transport, error) {
+	return httpclient.New(httpclient.Config{BaseURL: s.URL})
+}
+
+// deviceOver is a device of a tenant's whose requests go this way, over the relay channel or directly.
+func (s *story) deviceOver(transport client.Transport, tenant string, direct bool) (*client.Client, error) {
 	return client.New(client.Config{
-		Transport: transport, Fingerprint: s.fingerprint, Tenant: s.Tenant, User: user, Token: s.mint,
+		Transport: transport, Direct: direct, Fingerprint: s.fingerprint, Tenant: tenant, User: user, Token: s.mint(tenant),
 	})
 }
 
@@ -201,6 +213,9 @@ func (s *story) tell(ctx context.Context) error {
 		return errors.Join(errors.New("reading the 64 digits"), err)
 	}
 	say("read back, they are the same key. Without them it is gone for good.")
+	if err := s.betray(ctx); err != nil {
+		return err
+	}
 	return s.search(ctx)
 }
 
@@ -266,7 +281,7 @@ func (s *story) stored(ctx context.Context) error {
 func (s *story) search(ctx context.Context) error {
 	title("Is any secret in the database?")
 	names := []string{"the password", "the new password", "the backup key"}
-	for _, table := range []string{"accounts", "generations", "events", "tenants", "tenant_keys"} {
+	for _, table := range []string{"accounts", "generations", "events", "tenants", "tenant_keys", "relay_seeds"} {
 		for _, name := range names {
 			var n int
 			err := s.db.QueryRow(ctx, `SELECT count(*) FROM `+table+` AS x
