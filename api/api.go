@@ -193,7 +193,9 @@ type FinishRecoveryResponse struct {
 type ReinstateRequest struct {
 	Generation GenerationID `json:"generation" doc:"The frozen generation."`
 	Replaces   GenerationID `json:"replaces" doc:"The active generation, which is destroyed; zero if there is none."`
-	Signature  Bytes        `json:"signature" minLength:"86" maxLength:"86" doc:"By the owner key of the frozen generation: Ed25519, 64 bytes."`
+	// FrozenUntil makes a signature good for one freezing only.
+	FrozenUntil time.Time `json:"frozen_until" doc:"When the frozen generation would be destroyed: its expires_at in the status, to the microsecond. The signature covers it, so that one that somebody recorded does not end a later freezing."`
+	Signature   Bytes     `json:"signature" minLength:"86" maxLength:"86" doc:"By the owner key of the frozen generation: Ed25519, 64 bytes."`
 }
 
 // Status is what the vault knows of an account.

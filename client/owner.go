@@ -30,7 +30,7 @@ func (c *Client) TurnOff(ctx context.Context, key backup.Key) error {
 		if g.State != stateActive && g.State != stateFrozen {
 			continue
 		}
-		signature, err := c.sign(ctx, key, transcript.TurnOff, g.ID, api.GenerationID{}, g.Digest)
+		signature, err := c.sign(ctx, key, transcript.Statement{Action: transcript.TurnOff, Old: g.ID}, g.Digest)
 		if err != nil {
 			return err
 		}
@@ -110,11 +110,16 @@ func (c *Client) Reinstate(ctx context.Context, key backup.Key) error {
 	if frozen == nil {
 		return fmt.Errorf("%w: no generation is frozen", ErrConflict)
 	}
-	request := api.ReinstateRequest{Generation: frozen.ID}
+	if frozen.ExpiresAt == nil {
+		return fmt.Errorf("%w: a frozen generation without its end", ErrBadResponse)
+	}
+	request := api.ReinstateRequest{Generation: frozen.ID, FrozenUntil: *frozen.ExpiresAt}
 	if g := find(status, stateActive); g != nil {
 		request.Replaces = g.ID
 	}
-	if request.Signature, err = c.sign(ctx, key, transcript.Reinstate, request.Replaces, frozen.ID, frozen.Digest); err != nil {
+	if request.Signature, err = c.sign(ctx, key, transcript.Statement{
+		Action: transcript.Reinstate, Old: request.Replaces, New: frozen.ID, FrozenUntil: frozen.ExpiresAt.UnixMicro(),
+	}, frozen.Digest); err != nil {
 		return err
 	}
 	body, err := json.Marshal(request)
@@ -127,9 +132,9 @@ func (c *Client) Reinstate(ctx context.Context, key backup.Key) error {
 	return nil
 }
 
-// sign makes an owner's statement with a digest as the vault reports it. A false digest makes
+// sign signs an owner's statement on this account, with a digest as the vault reports it. A false digest makes
 // a signature that verifies nowhere.
-func (c *Client) sign(ctx context.Context, key backup.Key, action transcript.Action, from, to api.GenerationID, digest []byte) ([]byte, error) {
+func (c *Client) sign(ctx context.Context, key backup.Key, s transcript.Statement, digest []byte) ([]byte, error) {
 	if len(digest) != transcript.DigestSize {
 		return nil, fmt.Errorf("%w: a digest of %d bytes", ErrBadResponse, len(digest))
 	}
@@ -137,8 +142,6 @@ func (c *Client) sign(ctx context.Context, key backup.Key, action transcript.Act
 	if err != nil {
 		return nil, err
 	}
-	return transcript.Statement{
-		Action: action, Vault: v.id, Tenant: c.tenant, User: c.user,
-		Old: from, New: to, Digest: [transcript.DigestSize]byte(digest),
-	}.Sign(key.OwnerKey(v.id, c.tenant, c.user)), nil
+	s.Vault, s.Tenant, s.User, s.Digest = v.id, c.tenant, c.user, [transcript.DigestSize]byte(digest)
+	return s.Sign(key.OwnerKey(v.id, c.tenant, c.user)), nil
 }

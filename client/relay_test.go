@@ -170,6 +170,60 @@ func TestRelayLearnsNothingAndReplaysInVain(t *testing.T) {
 	}
 }
 
+// A relay that recorded how a key was brought back cannot end a later freezing with it.
+func TestRelayReplaysAReinstatementInVain(t *testing.T) {
+	s := newService(t)
+	d, h := s.behind("alice")
+	ctx := t.Context()
+	enrolled, err := d.Enrol(ctx, "right")
+	if err != nil {
+		t.Fatal(err)
+	}
+	freeze := func() *api.Generation {
+		t.Helper()
+		if err := d.TurnOffWithoutProof(ctx); err != nil {
+			t.Fatal(err)
+		}
+		status, err := d.Status(ctx)
+		if err != nil || len(status.Generations) != 1 || status.Generations[0].State != "frozen" {
+			t.Fatalf("%v, %+v", err, status)
+		}
+		return &status.Generations[0]
+	}
+	first := freeze()
+	h.take()
+	if err := d.Reinstate(ctx, enrolled.Key); err != nil {
+		t.Fatal(err)
+	}
+	recorded := h.take()
+	second := freeze()
+	if second.ExpiresAt.Equal(*first.ExpiresAt) {
+		t.Fatal("two freezings have one end")
+	}
+	events := len(s.store.Events())
+	replay := func() {
+		t.Helper()
+		for _, x := range recorded {
+			if again, err := h.next.RoundTrip(ctx, &x.request); err != nil || again.Status != 200 {
+				t.Fatalf("a capsule again: %v, %+v", err, again)
+			}
+		}
+	}
+	replay()
+	after, err := d.Status(ctx)
+	if err != nil || len(after.Generations) != 1 || !reflect.DeepEqual(&after.Generations[0], second) || len(s.store.Events()) != events {
+		t.Fatalf("the recorded reinstatement did something: %v, %+v", err, after)
+	}
+	// The owner's next one works, and after it the recorded one is as idle.
+	if err := d.Reinstate(ctx, enrolled.Key); err != nil {
+		t.Fatal(err)
+	}
+	replay()
+	if got := mustRecover(t, d, "right"); got.Key != enrolled.Key {
+		t.Error("another key")
+	}
+}
+
 // Whatever a relay does to one capsule or its answer, the operation goes on, and makes one attempt.
 func TestManglingRelay(t *testing.T) {
 	s := newService(t)

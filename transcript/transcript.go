@@ -112,6 +112,8 @@ const (
 	TurnOff Action = "turn-off"
 	// Reinstate is signed by the owner key of New, a frozen generation, which
 	// becomes active again. Old is the active generation, which is destroyed, or zero.
+	// FrozenUntil says which freezing it ends: without it, a signature that somebody
+	// recorded would bring the generation back after every later one, too.
 	Reinstate Action = "reinstate"
 )
 
@@ -122,12 +124,15 @@ type Statement struct {
 	Vault, Tenant, User string
 	Old, New            [GenerationIDSize]byte
 	Digest              [DigestSize]byte
+	// FrozenUntil is when New, frozen, would be destroyed, in Unix microseconds: of
+	// Reinstate. Zero for the other actions.
+	FrozenUntil int64
 }
 
 // Bytes is the signed message.
 func (s Statement) Bytes() []byte {
 	return Fields(labelOwner, []byte(s.Action), []byte(s.Vault), []byte(s.Tenant), []byte(s.User),
-		s.Old[:], s.New[:], s.Digest[:])
+		s.Old[:], s.New[:], s.Digest[:], binary.BigEndian.AppendUint64(nil, uint64(s.FrozenUntil)))
 }
 
 // Sign makes the owner's signature.

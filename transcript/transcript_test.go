@@ -30,6 +30,7 @@ func TestFieldsAreUnambiguous(t *testing.T) {
 func TestFixedStrings(t *testing.T) {
 	t.Parallel()
 	statement := Statement{Action: Activate, Vault: "v", Tenant: "t", User: "u", Old: [16]byte{1}, New: [16]byte{2}, Digest: [32]byte{3}}
+	reinstatement := Statement{Action: Reinstate, Vault: "v", Tenant: "t", User: "u", Old: [16]byte{1}, New: [16]byte{2}, Digest: [32]byte{3}, FrozenUntil: 1<<56 | 4}
 	material := Material{Record: []byte{1}, WrappedKey: []byte{2}, Time: 3, MemoryKiB: 4, Threads: 5, OwnerKey: []byte{6}, ServerKey: []byte{7}}
 	list := KeyList{Vault: "v", Serial: 2, NotBefore: 3, Expires: 4, Keys: []ListedKey{{"server", 1, []byte{9}}}}
 	digest, listed := material.Digest(), list.Digest()
@@ -41,7 +42,9 @@ func TestFixedStrings(t *testing.T) {
 		{"client identity", ClientIdentity("t", "u"), "00000016" + hex.EncodeToString([]byte("bkv/v1/client-identity")) + "0000000174" + "0000000175"},
 		{"wrap context", WrapContext("v", "t", "u"), "00000012" + hex.EncodeToString([]byte("bkv/v1/wrapped-key")) + "0000000176" + "0000000174" + "0000000175"},
 		{"statement", statement.Bytes(), "00000016" + hex.EncodeToString([]byte("bkv/v1/owner-statement")) + "00000008" + hex.EncodeToString([]byte("activate")) +
-			"000000017600000001740000000175" + "0000001001" + strings.Repeat("00", 15) + "0000001002" + strings.Repeat("00", 15) + "0000002003" + strings.Repeat("00", 31)},
+			"000000017600000001740000000175" + "0000001001" + strings.Repeat("00", 15) + "0000001002" + strings.Repeat("00", 15) + "0000002003" + strings.Repeat("00", 31) + "000000080000000000000000"},
+		{"reinstatement", reinstatement.Bytes(), "00000016" + hex.EncodeToString([]byte("bkv/v1/owner-statement")) + "00000009" + hex.EncodeToString([]byte("reinstate")) +
+			"000000017600000001740000000175" + "0000001001" + strings.Repeat("00", 15) + "0000001002" + strings.Repeat("00", 15) + "0000002003" + strings.Repeat("00", 31) + "000000080100000000000004"},
 		{"digest", digest[:], "d7023fce329822860f3b0f8371e13950f582190fc530536a444413d5e9a26a4e"},
 		{"key list", listed[:], "e6c26d0c680a434924eef2689bfa9781bfa54ab1b37f14ed37d62e814fe1342b"},
 	} {
@@ -92,6 +95,7 @@ func TestStatementsVerifyOnlyWhatWasSigned(t *testing.T) {
 		"old":    func(s *Statement) { s.Old[0]++ },
 		"new":    func(s *Statement) { s.New[0]++ },
 		"digest": func(s *Statement) { s.Digest[0]++ },
+		"until":  func(s *Statement) { s.FrozenUntil++ },
 	} {
 		s := base
 		if change(&s); s.VerifiedBy(public, signature) {

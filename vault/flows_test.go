@@ -634,8 +634,7 @@ func TestTurnOffBySignatureActsOnItsOwnGenerationOnly(t *testing.T) {
 		t.Fatal(err)
 	}
 	// And it comes back by its owner's signature.
-	back := vault.Reinstatement{Generation: mine.Generation,
-		Signature: w.Statement(transcript.Reinstate, vault.GenerationID{}, mine.Generation, mine.Digest).Sign(mine.Owner)}
+	back := w.Reinstatement(mine, vault.GenerationID{}, before.ExpiresAt)
 	for range 2 {
 		if _, err := w.Vault.Reinstate(t.Context(), w.Caller, back); err != nil {
 			t.Fatal(err)
@@ -674,13 +673,14 @@ func TestReinstatementOverrules(t *testing.T) {
 		w.wrong(t, mine.Generation)
 	}
 	theirs := w.MustEnrol(t, "theirs", nil)
-	sign := func(replaces vault.GenerationID, by *vaulttest.Enrolment) vault.Reinstatement {
-		return vault.Reinstatement{Generation: mine.Generation, Replaces: replaces,
-			Signature: w.Statement(transcript.Reinstate, replaces, mine.Generation, mine.Digest).Sign(by.Owner)}
-	}
-	wantIs(t, "signed by the other owner", errOf(w.Vault.Reinstate(t.Context(), w.Caller, sign(theirs.Generation, theirs))), vault.ErrBadSignature)
-	wantConflict(t, "naming no active generation", errOf(w.Vault.Reinstate(t.Context(), w.Caller, sign(vault.GenerationID{}, mine))))
-	captured := sign(theirs.Generation, mine)
+	until := w.generation(t, mine.Generation).ExpiresAt
+	captured := w.Reinstatement(mine, theirs.Generation, until)
+	forged := *mine
+	forged.Owner = theirs.Owner
+	wantIs(t, "signed by the other owner",
+		errOf(w.Vault.Reinstate(t.Context(), w.Caller, w.Reinstatement(&forged, theirs.Generation, until))), vault.ErrBadSignature)
+	wantConflict(t, "naming no active generation",
+		errOf(w.Vault.Reinstate(t.Context(), w.Caller, w.Reinstatement(mine, vault.GenerationID{}, until))))
 	status, err := w.Vault.Reinstate(t.Context(), w.Caller, captured)
 	if err != nil || status.Follow != mine.Generation || status.AttemptsLeft != 6 {
 		t.Fatalf("%+v, %v", status, err)
@@ -691,6 +691,48 @@ func TestReinstatementOverrules(t *testing.T) {
 	// Captured, it does not work against a later enrolment.
 	w.MustEnrol(t, "again", nil)
 	wantConflict(t, "the captured reinstatement", errOf(w.Vault.Reinstate(t.Context(), w.Caller, captured)))
+}
+
+// A reinstatement ends the freezing that it was signed for, and no later one.
+func TestReinstatementEndsOneFreezing(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	mine := w.MustEnrol(t, "mine", nil)
+	w.wrong(t, mine.Generation)
+	freeze := func() time.Time {
+		t.Helper()
+		if _, err := w.Vault.TurnOff(t.Context(), w.Caller, mine.Generation, nil); err != nil {
+			t.Fatal(err)
+		}
+		return w.generation(t, mine.Generation).ExpiresAt
+	}
+	until := freeze()
+	back := w.Reinstatement(mine, vault.GenerationID{}, until)
+	for range 2 { // again, while it is active, is harmless
+		if _, err := w.Vault.Reinstate(t.Context(), w.Caller, back); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.clock.Advance(time.Microsecond) // the least by which two freezings differ
+	later := freeze()
+	events := len(w.store.Events())
+	wantConflict(t, "the first freezing's", errOf(w.Vault.Reinstate(t.Context(), w.Caller, back)))
+	moved := back
+	moved.FrozenUntil = later
+	wantIs(t, "the first one's signature with the second one's time",
+		errOf(w.Vault.Reinstate(t.Context(), w.Caller, moved)), vault.ErrBadSignature)
+	finer := w.Reinstatement(mine, vault.GenerationID{}, later.Add(time.Nanosecond))
+	wantConflict(t, "a time between two microseconds", errOf(w.Vault.Reinstate(t.Context(), w.Caller, finer)))
+	g := w.generation(t, mine.Generation)
+	if g.State != vault.Frozen || !g.ExpiresAt.Equal(later) || g.Used() != 1 || len(w.store.Events()) != events {
+		t.Fatalf("a refused reinstatement changed something: %+v", g)
+	}
+	if _, err := w.Vault.Reinstate(t.Context(), w.Caller, w.Reinstatement(mine, vault.GenerationID{}, later)); err != nil {
+		t.Fatal(err)
+	}
+	if key, err := w.Recover(t.Context(), "mine"); err != nil || key != mine.Key {
+		t.Fatal(err)
+	}
 }
 
 // What is staged when something is activated or reinstated cannot be activated any more.
@@ -708,8 +750,8 @@ func TestReinstatementSupersedesWhatIsStaged(t *testing.T) {
 	if err := w.Stage(t.Context(), staged); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := w.Vault.Reinstate(t.Context(), w.Caller, vault.Reinstatement{Generation: mine.Generation,
-		Signature: w.Statement(transcript.Reinstate, vault.GenerationID{}, mine.Generation, mine.Digest).Sign(mine.Owner)}); err != nil {
+	until := w.generation(t, mine.Generation).ExpiresAt
+	if _, err := w.Vault.Reinstate(t.Context(), w.Caller, w.Reinstatement(mine, vault.GenerationID{}, until)); err != nil {
 		t.Fatal(err)
 	}
 	wantConflict(t, "activating it", errOf(w.Vault.Activate(t.Context(), w.Caller, w.Activation(staged, nil))))

@@ -688,6 +688,10 @@ func (s *schedule) reinstate(g *modelGeneration) {
 	if active != nil && s.rng.IntN(4) > 0 {
 		replaces = active.id
 	}
+	until := g.until
+	if s.rng.IntN(4) == 0 { // an earlier freezing's
+		until = until.Add(-time.Microsecond)
+	}
 	want, writes := "ok", false
 	switch {
 	case !s.m.exists:
@@ -697,14 +701,14 @@ func (s *schedule) reinstate(g *modelGeneration) {
 	case g.state == vault.Active:
 	case g.state == vault.Destroyed:
 		want = "destroyed"
-	case g.state == vault.Staged, active != nil && replaces != active.id:
+	case g.state == vault.Staged, active != nil && replaces != active.id, !until.Equal(g.until):
 		want = "conflict"
 	default:
 		writes = true
 	}
 	if s.try("reinstate", want, writes, func() error {
-		return errOf(s.world.Vault.Reinstate(s.t.Context(), s.world.Caller, vault.Reinstatement{Generation: g.id, Replaces: replaces,
-			Signature: s.world.Statement(transcript.Reinstate, replaces, g.id, g.digest).Sign(g.owner)}))
+		return errOf(s.world.Vault.Reinstate(s.t.Context(), s.world.Caller,
+			s.world.Reinstatement(&vaulttest.Enrolment{Generation: g.id, Digest: g.digest, Owner: g.owner}, replaces, until)))
 	}) {
 		if active != nil {
 			active.state = vault.Destroyed

@@ -19,7 +19,10 @@ func (v *Vault) statement(id AccountID, action transcript.Action, from, to Gener
 // TurnOff ends a generation. With its owner's signature (transcript.TurnOff) it is
 // destroyed at once, frozen or active. Without one, only the active generation can be
 // turned off, and it stays frozen for the grace time. A signature acts on its own
-// generation only. The same request again is harmless.
+// generation only. The same request again is harmless, unless the generation was
+// reinstated meanwhile: then one without a signature freezes it once more. That gives a
+// relay which recorded it nothing that it cannot do anyhow: it signs its users' tokens,
+// and such a request needs no more than a token.
 //
 // Errors: ErrNotEnrolled, ErrBadSignature, Conflict, ErrAccountFault,
 // ErrTokenUnavailable, ErrStoreUnavailable.
@@ -63,14 +66,17 @@ func (v *Vault) TurnOff(ctx context.Context, c Caller, generation GenerationID, 
 type Reinstatement struct {
 	Generation GenerationID
 	// Replaces is the active generation, or zero if there is none.
-	Replaces  GenerationID
-	Signature []byte // by the frozen generation's owner (transcript.Reinstate)
+	Replaces GenerationID
+	// FrozenUntil is the ExpiresAt of Generation, to the microsecond: it says which
+	// freezing the signature ends.
+	FrozenUntil time.Time
+	Signature   []byte // by the frozen generation's owner (transcript.Reinstate)
 }
 
 // Reinstate makes a frozen generation active again, by its owner's signature. The
 // generation that is active then is destroyed: it came without that owner's proof,
 // and whoever made it can enrol once more. Counters stay as they are. The same
-// request again is harmless.
+// request again is harmless, for good: after a later freezing it is a Conflict.
 //
 // Errors: ErrNotEnrolled, ErrBadSignature, ErrKeyDestroyed, Conflict,
 // ErrAccountFault, ErrTokenUnavailable, ErrStoreUnavailable.
@@ -80,7 +86,9 @@ func (v *Vault) Reinstate(ctx context.Context, c Caller, req Reinstatement) (*St
 		if g == nil {
 			return &Conflict{Reason: "the account has no such generation, or it is gone; look at the status"}
 		}
-		if !v.statement(c.Account, transcript.Reinstate, req.Replaces, g.ID, g.Digest).VerifiedBy(g.OwnerKey[:], req.Signature) {
+		statement := v.statement(c.Account, transcript.Reinstate, req.Replaces, g.ID, g.Digest)
+		statement.FrozenUntil = req.FrozenUntil.UnixMicro()
+		if !statement.VerifiedBy(g.OwnerKey[:], req.Signature) {
 			return ErrBadSignature
 		}
 		active := e.in(Active)
@@ -93,6 +101,8 @@ func (v *Vault) Reinstate(ctx context.Context, c Caller, req Reinstatement) (*St
 			return &Conflict{Reason: "the generation is staged, not frozen; activate it"}
 		case active == nil && !req.Replaces.IsZero(), active != nil && req.Replaces != active.ID:
 			return &Conflict{Reason: "another generation is active than the one that the signature replaces; look at the status"}
+		case !g.ExpiresAt.Equal(req.FrozenUntil):
+			return &Conflict{Reason: "it was frozen anew since the signature was made; look at the status"}
 		}
 		if active != nil {
 			e.destroy(active, Overruled)

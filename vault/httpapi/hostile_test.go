@@ -29,6 +29,7 @@ type bodyRoute struct {
 	bytes  map[string]int
 	points map[string][]int
 	ids    []string
+	times  []string
 }
 
 func b64(b []byte) string { return base64.RawURLEncoding.EncodeToString(b) }
@@ -56,8 +57,8 @@ func bodyRoutes(t testing.TB, p *phone, e *enrolment) []bodyRoute {
 		{method: "POST", rest: "/recovery/finish", body: map[string]any{"ke3": b64(make([]byte, 32)), "state": b64(make([]byte, 300))},
 			bytes: map[string]int{"ke3": 32}},
 		{method: "POST", rest: "/reinstatement", body: map[string]any{
-			"generation": e.generation.String(), "replaces": strings.Repeat("0", 32), "signature": signature,
-		}, bytes: map[string]int{"signature": 64}, ids: []string{"generation", "replaces"}},
+			"generation": e.generation.String(), "replaces": strings.Repeat("0", 32), "frozen_until": "2026-01-02T03:04:05.678901Z", "signature": signature,
+		}, bytes: map[string]int{"signature": 64}, ids: []string{"generation", "replaces"}, times: []string{"frozen_until"}},
 	}
 }
 
@@ -170,6 +171,14 @@ func TestHostileBodies(t *testing.T) {
 				for spelling, v := range map[string]any{
 					"empty": "", "short": "00", "long": strings.Repeat("0", 33), "capitals": strings.Repeat("A", 32), "no hexadecimal": strings.Repeat("g", 32),
 					"with dashes": "00000000-0000-0000-0000-00000000", "a number": 7,
+				} {
+					bad(name+": "+spelling, route.change(name, v), name)
+				}
+			}
+			for _, name := range route.times {
+				for spelling, v := range map[string]any{
+					"empty": "", "a number": 7, "a date": "2026-01-02", "no zone": "2026-01-02T03:04:05", "a space": "2026-01-02 03:04:05Z",
+					"no such day": "2026-02-30T03:04:05Z", "year 10000": "10000-01-02T03:04:05Z", "a leap second": "2026-12-31T23:59:60Z", "garbage": canary,
 				} {
 					bad(name+": "+spelling, route.change(name, v), name)
 				}

@@ -82,7 +82,7 @@ func (s *server) routes() {
 	add(s, operation{
 		method: http.MethodPost, path: backupKey + "/reinstatement", id: "reinstate-backup-key",
 		summary:  "Bring a frozen generation back",
-		doc:      "The generation that is active then is destroyed. Counters stay as they are. The same request again is harmless.",
+		doc:      "The generation that is active then is destroyed. Counters stay as they are. The same request again is harmless; after a later freezing it is a conflict, and changes nothing.",
 		problems: []string{api.NotEnrolled, api.Conflict, api.KeyDestroyed},
 	}, s.reinstate)
 }
@@ -267,7 +267,7 @@ func (s *server) reinstate(ctx context.Context, c call, in *api.ReinstateRequest
 		return nil, err
 	}
 	return statusOf(s.vault.Reinstate(ctx, c.Caller, vault.Reinstatement{
-		Generation: vault.GenerationID(in.Generation), Replaces: vault.GenerationID(in.Replaces), Signature: in.Signature,
+		Generation: vault.GenerationID(in.Generation), Replaces: vault.GenerationID(in.Replaces), FrozenUntil: in.FrozenUntil, Signature: in.Signature,
 	}))
 }
 

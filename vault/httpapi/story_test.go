@@ -60,15 +60,17 @@ func TestStory(t *testing.T) {
 		}
 		return read(t, res)
 	}
-	tellStory(t, &phone{t: t, user: "anna@example.org/ü", send: call})
+	tellStory(t, &phone{t: t, user: "anna@example.org/ü", send: call}, func() {})
 }
 
 // TestStoryInSoftware is the same over a token in software, for where none is installed.
 func TestStoryInSoftware(t *testing.T) {
-	tellStory(t, newService(t, nil).phone("anna@example.org/ü"))
+	s := newService(t, nil)
+	tellStory(t, s.phone("anna@example.org/ü"), func() { s.clock.advance(time.Microsecond) })
 }
 
-func tellStory(t *testing.T, p *phone) {
+// tellStory has time pass by tick, where it does not by itself.
+func tellStory(t *testing.T, p *phone, tick func()) {
 	status := func() api.Status {
 		t.Helper()
 		return into[api.Status](t, p.send(http.MethodGet, p.user, "", nil))
@@ -157,18 +159,21 @@ func tellStory(t *testing.T, p *phone) {
 	// Without proof: it is frozen, and its owner brings it back.
 	third := p.enrol("third", nil)
 	wantStates("frozen", "active")
-	if got := status(); got.Generations[0].ExpiresAt == nil || got.Generations[1].ExpiresAt != nil {
-		t.Fatalf("expiries: %+v", got)
+	frozen := status()
+	if frozen.Generations[0].ExpiresAt == nil || frozen.Generations[1].ExpiresAt != nil {
+		t.Fatalf("expiries: %+v", frozen)
 	}
 	fourth := p.prepare("fourth")
 	p.stage(fourth)
 	wantProblem(t, p.send(http.MethodPost, p.user, "/activation", p.activation(fourth, nil)), api.Conflict)
+	reinstatement := p.statement(transcript.Reinstate, third.generation, second.generation, second.digest)
+	reinstatement.FrozenUntil = frozen.Generations[0].ExpiresAt.UnixMicro()
 	back := api.ReinstateRequest{
-		Generation: second.generation, Replaces: third.generation,
-		Signature: p.statement(transcript.Reinstate, third.generation, second.generation, second.digest).Sign(second.owner),
+		Generation: second.generation, Replaces: third.generation, FrozenUntil: *frozen.Generations[0].ExpiresAt,
+		Signature: reinstatement.Sign(second.owner),
 	}
 	forged := back
-	forged.Signature = p.statement(transcript.Reinstate, third.generation, second.generation, second.digest).Sign(third.owner)
+	forged.Signature = reinstatement.Sign(third.owner)
 	wantProblem(t, p.send(http.MethodPost, p.user, "/reinstatement", forged), api.Forbidden)
 	for range 2 {
 		into[api.Status](t, p.send(http.MethodPost, p.user, "/reinstatement", back))
@@ -177,10 +182,16 @@ func tellStory(t *testing.T, p *phone) {
 	mustRecover("second", second)
 
 	// Turn off: without proof frozen, with it destroyed.
+	tick()
 	into[api.Status](t, p.turnOff(second.generation, nil))
 	wantStates("frozen")
 	r, _ = p.attempt("second")
 	wantProblem(t, r, api.Conflict)
+	stale := back // what brought it back before does not end this freezing
+	stale.Replaces, reinstatement.Old = api.GenerationID{}, api.GenerationID{}
+	stale.Signature = reinstatement.Sign(second.owner)
+	wantProblem(t, p.send(http.MethodPost, p.user, "/reinstatement", stale), api.Conflict)
+	wantStates("frozen")
 	wantProblem(t, p.turnOff(second.generation, make(api.Bytes, 64)), api.Forbidden)
 	off := p.statement(transcript.TurnOff, second.generation, api.GenerationID{}, second.digest).Sign(second.owner)
 	for range 2 {

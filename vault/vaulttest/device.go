@@ -10,6 +10,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"testing"
+	"time"
 
 	"github.com/backup-key-vault/bkv/opaque"
 	"github.com/backup-key-vault/bkv/transcript"
@@ -60,6 +61,13 @@ func (d *Device) Statement(action transcript.Action, from, to vault.GenerationID
 	return transcript.Statement{
 		Action: action, Vault: d.VaultID, Tenant: a.Tenant, User: a.User, Old: from, New: to, Digest: digest,
 	}
+}
+
+// Reinstatement asks for e back, frozen until then, in place of the active generation, if there is one.
+func (d *Device) Reinstatement(e *Enrolment, replaces vault.GenerationID, until time.Time) vault.Reinstatement {
+	s := d.Statement(transcript.Reinstate, replaces, e.Generation, e.Digest)
+	s.FrozenUntil = until.UnixMicro()
+	return vault.Reinstatement{Generation: e.Generation, Replaces: replaces, FrozenUntil: until, Signature: s.Sign(e.Owner)}
 }
 
 // Prepare runs an enrolment's start and makes what is to be staged.
