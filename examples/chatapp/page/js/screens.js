@@ -2,7 +2,7 @@
 import { Backup } from "./backup.js";
 import * as passkey from "./passkey.js";
 import { $, busy, Cancelled, fieldError, fill, notice, problem, wireReveal } from "./ui.js";
-import { duration, explain, tries } from "./words.js";
+import { duration, explain, timeLeft, tries } from "./words.js";
 
 const minPassword = 8; // characters; the vault's ten tries do the rest
 const hopeless = new Set(["password", "passwort", "12345678", "123456789", "1234567890", "qwertyui", "qwertyuiop", "11111111", "00000000", "iloveyou", "sunshine", "football"]);
@@ -119,7 +119,7 @@ export function backupScreens(state, { go, changed }) {
     const { generation = active?.id } = b().kept.facts;
     const mine = status.generations.find((g) => g.id === generation);
     if (mine?.state === "frozen") {
-      warn(`Somebody set up a new backup for your account, or turned yours off, without this phone’s key. If that was not you, bring yours back within ${duration(mine.expiresSeconds ?? 0)}.`,
+      warn(`Somebody set up a new backup for your account, or turned yours off, without this phone’s key. If that was not you, bring yours back within ${timeLeft(mine.expiresSeconds ?? 0)}.`,
         "Bring my backup back", () => run("Bringing your backup back…", (job) => b().reinstate(job), { then: async () => { await showBackup(); notice("Your backup is back."); } }));
     } else if (!active) {
       warn("Your password no longer opens the backup: after too many wrong tries its key was destroyed in the vault. This phone still has the key, so nothing is lost.",

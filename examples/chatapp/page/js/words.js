@@ -11,6 +11,13 @@ export function duration(seconds) {
   return hours < 48 ? unit(hours, "hour") : unit(Math.ceil(hours / 24), "day");
 }
 
+/** "7 days": the time left until a deadline, rounded down; seven days less some minutes are seven days still. */
+export function timeLeft(seconds) {
+  const [minutes, hours] = [Math.floor(seconds / 60), Math.floor(seconds / 3600)];
+  if (hours < 1) return duration(minutes * 60);
+  return hours < 48 ? duration(hours * 3600) : duration(Math.floor((seconds + 1800) / 86400) * 86400);
+}
+
 /** How much it is, rounded to the nearest. */
 function roughly(seconds) {
   const hours = Math.round(seconds / 3600);
