@@ -29,12 +29,11 @@ RUN apt-get update \
 	&& install -d -o bkv -g bkv -m 0755 bkv/secrets bkv/secrets/database bkv/secrets/owner bkv/secrets/vaultd
 COPY ops/container/softhsm2.conf /etc/bkv/softhsm2.conf
 COPY ops/container/first-start /usr/local/bin/bkv-first-start
-COPY ops/container/ready /usr/local/bin/bkv-ready
 COPY --from=build /out/ /usr/local/bin/
 ENV SOFTHSM2_CONF=/etc/bkv/softhsm2.conf
 USER 10001:10001
 WORKDIR /var/lib/bkv
 EXPOSE 8420
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["bkv-ready"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["vaultctl", "ready"]
 # vaultd is process 1: it handles SIGTERM itself and has no children.
 CMD ["vaultd"]

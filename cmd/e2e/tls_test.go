@@ -131,6 +131,7 @@ func TestTLS(t *testing.T) {
 	if out := mustRun(t, env, "vaultctl", "key", "status"); !strings.Contains(out, "master/1") {
 		t.Errorf("vaultctl key status: %s", out)
 	}
+	mustRun(t, env, "vaultctl", "ready")
 	for problem, env := range map[string][]string{
 		"certificate":        env[:2],                                      // none is shown
 		"authority":          {env[0], env[2], env[3]},                     // not trusted
@@ -374,6 +375,12 @@ func TestStatus(t *testing.T) {
 	if out := mustRun(t, env, "vaultctl", "status", "--json"); !strings.Contains(out, `"state": "ok"`) || !strings.Contains(out, `"schema": `) {
 		t.Errorf("--json: %s", out)
 	}
+	if out := mustRun(t, env, "vaultctl", "ready"); out != "vaultd serves\n" {
+		t.Errorf("vaultctl ready: %s", out)
+	}
+	if o := run(t, []string{"BKV_ADMIN_URL=" + v.url, "BKV_ADMIN_CA=" + write(t, d.dir, "ca.pem", string(certPEM(testCA.Cert)))}, "vaultctl", "ready"); o.code != 1 || !strings.Contains(o.stderr, "is that vaultd's admin listener?") {
+		t.Errorf("vaultctl ready at the public listener: exit status %d: %s", o.code, o.stderr)
+	}
 	health("", 200, "ok")
 	health("?ok=204", 204, "")
 	for _, bad := range []string{"?ok=99", "?ok=600", "?ok=x", "?fine=200", "?ok=200&ok=201"} {
@@ -392,6 +399,9 @@ func TestStatus(t *testing.T) {
 	d.directory.Vanish(t)
 	if o = status(); o.code != 3 || !strings.Contains(o.stdout, ", unavailable") || !strings.Contains(o.stdout, "token         DOWN") {
 		t.Errorf("without a token: exit status %d\n%s%s", o.code, o.stdout, o.stderr)
+	}
+	if o := run(t, env, "vaultctl", "ready"); o.code != 1 || !strings.Contains(o.stderr, "does not serve: token") {
+		t.Errorf("vaultctl ready without a token: exit status %d: %s", o.code, o.stderr)
 	}
 	health("", 503, "unavailable")
 	health("?degraded=429&unavailable=502", 502, "unavailable")

@@ -65,34 +65,11 @@ func (a *adminListener) ask(ctx context.Context, method string, out any, path ..
 
 // request sends a request and reads its answer into out.
 func (a *adminListener) request(ctx context.Context, method string, out any, path ...string) error {
-	for i := range path[1:] {
-		path[i+1] = url.PathEscape(path[i+1])
-	}
-	target, err := url.JoinPath(a.AdminURL, path...)
-	if err != nil {
-		return fmt.Errorf("--admin-url: %w", err)
-	}
-	client, err := a.client()
-	if err != nil {
-		return err
-	}
 	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
 	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, method, target, nil)
+	response, body, err := a.exchange(ctx, method, path...)
 	if err != nil {
-		return fmt.Errorf("--admin-url: %w", err)
-	}
-	if who := vault.OperatorOf(ctx); who != "" {
-		request.Header.Set(api.OperatorHeader, who)
-	}
-	response, err := client.Do(request)
-	if err != nil {
-		return fmt.Errorf("asking vaultd, which must be running (see --admin-url): %w", err)
-	}
-	defer response.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(response.Body, 1<<20))
-	if err != nil {
-		return fmt.Errorf("reading vaultd's answer: %w", err)
+		return err
 	}
 	if response.StatusCode != http.StatusOK {
 		var refusal struct {
@@ -101,13 +78,51 @@ func (a *adminListener) request(ctx context.Context, method string, out any, pat
 		if json.Unmarshal(body, &refusal) == nil && refusal.Error != "" {
 			return errors.New(refusal.Error)
 		}
-		if request.URL.Scheme == "http" && response.StatusCode == http.StatusBadRequest {
-			return fmt.Errorf("%s answers %s: has vaultd's admin listener TLS? then say https in --admin-url", target, response.Status)
-		}
-		return fmt.Errorf("%s answers %s: is that vaultd's admin listener?", target, response.Status)
+		return unexpected(response)
 	}
 	if err := json.Unmarshal(body, out); err != nil {
 		return fmt.Errorf("reading vaultd's answer: %w", err)
 	}
 	return nil
+}
+
+// unexpected is the error for an answer that no vaultd gives.
+func unexpected(response *http.Response) error {
+	target := response.Request.URL
+	if target.Scheme == "http" && response.StatusCode == http.StatusBadRequest {
+		return fmt.Errorf("%s answers %s: has vaultd's admin listener TLS? then say https in --admin-url", target, response.Status)
+	}
+	return fmt.Errorf("%s answers %s: is that vaultd's admin listener?", target, response.Status)
+}
+
+// exchange sends a request and reads the whole answer, whatever its status.
+func (a *adminListener) exchange(ctx context.Context, method string, path ...string) (*http.Response, []byte, error) {
+	for i := range path[1:] {
+		path[i+1] = url.PathEscape(path[i+1])
+	}
+	target, err := url.JoinPath(a.AdminURL, path...)
+	if err != nil {
+		return nil, nil, fmt.Errorf("--admin-url: %w", err)
+	}
+	client, err := a.client()
+	if err != nil {
+		return nil, nil, err
+	}
+	request, err := http.NewRequestWithContext(ctx, method, target, nil)
+	if err != nil {
+		return nil, nil, fmt.Errorf("--admin-url: %w", err)
+	}
+	if who := vault.OperatorOf(ctx); who != "" {
+		request.Header.Set(api.OperatorHeader, who)
+	}
+	response, err := client.Do(request)
+	if err != nil {
+		return nil, nil, fmt.Errorf("asking vaultd, which must be running (see --admin-url): %w", err)
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(response.Body, 1<<20))
+	if err != nil {
+		return nil, nil, fmt.Errorf("reading vaultd's answer: %w", err)
+	}
+	return response, body, nil
 }

@@ -42,6 +42,7 @@ type command struct {
 	Key      keyCommand      `cmd:"" help:"Look at the token's keys, rotate and destroy them, through a running vaultd."`
 	Audit    auditCommand    `cmd:"" help:"Follow, prove and export the audit log."`
 	Status   statusCommand   `cmd:"" help:"Show how a running vaultd is: token, database, keys, certificates, and what is not covered. Exit status 0: all is well; 1: it cannot be told; 2: it serves, and an operator should look; 3: it cannot serve."`
+	Ready    readyCommand    `cmd:"" help:"Ask a running vaultd whether it can serve, for health checks. Exit status 0: it can; 1: it cannot, or does not answer."`
 	Dev      devCommand      `cmd:"" help:"For development: make a tenant's key pair and mint tokens with it."`
 }
 

@@ -1,11 +1,13 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -47,6 +49,36 @@ func (c *statusCommand) Run(e *environment) error {
 	default:
 		return &exitStatus{fmt.Errorf("the vault does not serve: it is %s", s.State), exitDown}
 	}
+}
+
+type readyCommand struct {
+	adminListener
+}
+
+// readyTimeout is longer than vaultd's own bound for the checks of one question.
+const readyTimeout = 5 * time.Second
+
+// Run asks vaultd whether it can serve.
+func (c *readyCommand) Run(e *environment) error {
+	ctx, cancel := context.WithTimeout(e.ctx, readyTimeout)
+	defer cancel()
+	response, body, err := c.exchange(ctx, http.MethodGet, "readyz")
+	if err != nil {
+		return err
+	}
+	var answer struct {
+		Ready   bool     `json:"ready"`
+		Failing []string `json:"failing"`
+	}
+	err = json.Unmarshal(body, &answer)
+	switch status := response.StatusCode; {
+	case err == nil && status == http.StatusServiceUnavailable && len(answer.Failing) > 0:
+		return fmt.Errorf("vaultd does not serve: %s; vaultctl status says more", strings.Join(answer.Failing, ", "))
+	case err != nil, status != http.StatusOK, !answer.Ready:
+		return unexpected(response)
+	}
+	_, err = fmt.Fprintln(e.stdout, "vaultd serves")
+	return err
 }
 
 func showStatus(out io.Writer, s *api.ServiceStatus) error {
