@@ -256,6 +256,7 @@ const (
 	Internal         = ProblemPrefix + "internal"
 	TokenUnavailable = ProblemPrefix + "token-unavailable"
 	StoreUnavailable = ProblemPrefix + "store-unavailable"
+	Busy             = ProblemPrefix + "busy"
 	AccountFault     = ProblemPrefix + "account-fault"
 )
 

@@ -35,6 +35,7 @@ type config struct {
 	LogLevel    string            `default:"info" env:"BKV_LOG_LEVEL" placeholder:"LEVEL" help:"debug, info, warn or error. Logs are JSON lines on standard error; they never hold bodies, tokens, PINs or user ids."`
 
 	Connections           int `name:"max-connections" default:"4096" env:"BKV_MAX_CONNECTIONS" placeholder:"N" help:"Most connections that --listen keeps open; what comes beyond is closed at once."`
+	RequestsAtOnce        int `name:"max-requests" default:"512" env:"BKV_MAX_REQUESTS" placeholder:"N" help:"Most requests that the vault works on at once; what comes beyond is answered 503, busy, and charged nothing."`
 	ConnectionsPerAddress int `name:"max-connections-per-address" default:"1024" env:"BKV_MAX_CONNECTIONS_PER_ADDRESS" placeholder:"N" help:"Most of these from one IPv4 address or IPv6 /64. A proxy in front is one address."`
 
 	RequestsPerUser     int `default:"120" env:"BKV_REQUESTS_PER_USER" placeholder:"N" help:"Requests that a user may make in a minute, at this instance, on all routes together."`
@@ -93,7 +94,7 @@ func (c *config) Validate() error {
 		flag string
 		n    int
 	}{
-		{"--max-connections", c.Connections}, {"--max-connections-per-address", c.ConnectionsPerAddress},
+		{"--max-connections", c.Connections}, {"--max-connections-per-address", c.ConnectionsPerAddress}, {"--max-requests", c.RequestsAtOnce},
 		{"--requests-per-user", c.RequestsPerUser}, {"--requests-per-tenant", c.RequestsPerTenant},
 		{"--enrolments-per-user", c.EnrolmentsPerUser}, {"--enrolments-per-tenant", c.EnrolmentsPerTenant},
 	} {

@@ -130,6 +130,7 @@ func serve(ctx context.Context, c *config, log *slog.Logger, m *metrics, v *vaul
 			RequestsPerTenant:   httpapi.RateLimit{PerSecond: float64(c.RequestsPerTenant), Burst: 2 * c.RequestsPerTenant},
 			EnrolmentsPerUser:   httpapi.RateLimit{PerSecond: float64(c.EnrolmentsPerUser) / 3600, Burst: c.EnrolmentsPerUser},
 			EnrolmentsPerTenant: httpapi.RateLimit{PerSecond: float64(c.EnrolmentsPerTenant), Burst: 2 * c.EnrolmentsPerTenant},
+			RequestsAtOnce:      c.RequestsAtOnce,
 		},
 	})
 	if err != nil {

@@ -265,7 +265,7 @@ var problemStatus = map[string]int{
 	api.InvalidRequest: 400, api.Unauthenticated: 401, api.Forbidden: 403, api.WrongPassword: 403, api.NotEnrolled: 404,
 	api.NotFound: 404, api.MethodNotAllowed: 405, api.Conflict: 409, api.KeyDestroyed: 410, api.TooLarge: 413, api.MediaType: 415,
 	api.TooEarly: 429, api.RateLimited: 429, api.Internal: 500,
-	api.TokenUnavailable: 503, api.StoreUnavailable: 503, api.AccountFault: 503,
+	api.TokenUnavailable: 503, api.StoreUnavailable: 503, api.Busy: 503, api.AccountFault: 503,
 }
 
 // read reads an answer and checks what holds of every one.

@@ -31,6 +31,9 @@ type Limits struct {
 	EnrolmentsPerUser RateLimit
 	// EnrolmentsPerTenant: default 50 a second, 100 at once.
 	EnrolmentsPerTenant RateLimit
+	// RequestsAtOnce are those of all tenants that the vault works on at the same time: default 512. What comes
+	// beyond is refused at once, rather than after a wait in which it would go stale like all others.
+	RequestsAtOnce int
 }
 
 func (l Limits) withDefaults() Limits {
@@ -46,7 +49,30 @@ func (l Limits) withDefaults() Limits {
 	if l.EnrolmentsPerTenant == (RateLimit{}) {
 		l.EnrolmentsPerTenant = RateLimit{PerSecond: 50, Burst: 100}
 	}
+	if l.RequestsAtOnce == 0 {
+		l.RequestsAtOnce = 512
+	}
 	return l
+}
+
+// places are for the requests that are worked on. Only one that has arrived whole takes a place, so that
+// slow clients cannot hold them.
+type places chan struct{}
+
+// busyRetry is how soon a request that found no place may be sent again.
+const busyRetry = time.Second
+
+// take takes a place until it is given back, or answers busy. What comes in a capsule has the capsule's place.
+func (p places) take(x *exchange) (giveBack func(), err error) {
+	if x.relayed != nil {
+		return func() {}, nil
+	}
+	select {
+	case p <- struct{}{}:
+		return func() { <-p }, nil
+	default:
+		return nil, refuse(api.Busy, "the vault works on as many requests as it can; nothing was done or charged: send the same bytes again").after(busyRetry)
+	}
 }
 
 // limits are those of users and of tenants, for one kind of request.

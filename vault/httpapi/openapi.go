@@ -129,7 +129,7 @@ var requestIDHeader = &huma.Param{
 
 // problemsOf lists what an operation can answer: its own, and what all of its kind can.
 func problemsOf(op operation, hasBody bool) []string {
-	kinds := append(slices.Clone(op.problems), api.InvalidRequest, api.Internal, api.TokenUnavailable, api.StoreUnavailable)
+	kinds := append(slices.Clone(op.problems), api.InvalidRequest, api.Internal, api.TokenUnavailable, api.StoreUnavailable, api.Busy)
 	if !op.public {
 		kinds = append(kinds, api.Unauthenticated, api.Forbidden, api.RateLimited, api.AccountFault)
 	}
@@ -150,7 +150,7 @@ func problemResponse(registry huma.Registry, kinds []string) *huma.Response {
 	for i, k := range kinds {
 		types[i], names[i] = k, strings.TrimPrefix(k, api.ProblemPrefix)
 		switch k {
-		case api.TooEarly, api.RateLimited, api.TokenUnavailable, api.StoreUnavailable:
+		case api.TooEarly, api.RateLimited, api.TokenUnavailable, api.StoreUnavailable, api.Busy:
 			headers["Retry-After"] = &huma.Param{
 				Description: "Seconds.", Schema: &huma.Schema{Type: huma.TypeInteger, Minimum: new(float64(1))},
 			}

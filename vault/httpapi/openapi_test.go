@@ -48,9 +48,9 @@ func keys(v any) []string {
 
 // operations of the document, and the problems that each can answer.
 var operations = map[string]string{
-	"get /v1/vault":                                    "internal invalid-request store-unavailable token-unavailable",
+	"get /v1/vault":                                    "busy internal invalid-request store-unavailable token-unavailable",
 	"get /v1/relay/keys":                               "internal invalid-request store-unavailable token-unavailable",
-	"post /v1/relay":                                   "internal invalid-request store-unavailable token-unavailable unauthenticated rate-limited " + body + api.OHTTPKey,
+	"post /v1/relay":                                   "busy internal invalid-request store-unavailable token-unavailable unauthenticated rate-limited " + body + api.OHTTPKey,
 	"get /v1/users/{user}/backup-key":                  common + "not-enrolled",
 	"post /v1/users/{user}/backup-key/enrolment":       common + body + "relay-required",
 	"put /v1/users/{user}/backup-key":                  common + body + "relay-required conflict",
@@ -65,7 +65,7 @@ var operations = map[string]string{
 var rawAnswers = map[string]string{"/v1/relay/keys": "application/ohttp-keys", "/v1/relay": "message/ohttp-res"}
 
 const (
-	common = "invalid-request unauthenticated forbidden rate-limited internal token-unavailable store-unavailable account-fault "
+	common = "invalid-request unauthenticated forbidden rate-limited internal token-unavailable store-unavailable busy account-fault "
 	body   = "too-large media-type "
 )
 

@@ -70,6 +70,11 @@ func add[In, Out any](s *server, op operation, handle func(ctx context.Context, 
 				return nil, err
 			}
 		}
+		giveBack, err := s.places.take(exchangeOf(r.Context()))
+		if err != nil {
+			return nil, err
+		}
+		defer giveBack()
 		return handle(r.Context(), c, &in)
 	}))
 }

@@ -38,6 +38,7 @@ var problemKinds = map[string]struct {
 	api.Internal:         {http.StatusInternalServerError, "Internal error"},
 	api.TokenUnavailable: {http.StatusServiceUnavailable, "The vault's token is not available"},
 	api.StoreUnavailable: {http.StatusServiceUnavailable, "The vault's store is not available"},
+	api.Busy:             {http.StatusServiceUnavailable, "The vault has too much to do"},
 	api.AccountFault:     {http.StatusServiceUnavailable, "The account's record is damaged"},
 }
 

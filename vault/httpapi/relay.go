@@ -47,7 +47,7 @@ func (s *server) relayRoutes() {
 		summary: "Carry a request that only the vault can read (RFC 9458)",
 		doc: "The capsule holds a request (RFC 9292) to any other path here, without Authorization: it is the token's user's. The answer, whatever it is, " +
 			"comes sealed with status 200, padded to " + strconv.Itoa(ohttp.MinSizeClass) + " bytes or the next power of two. Only what is refused before the capsule is open comes as a problem.",
-		problems: []string{api.OHTTPKey, api.TooLarge, api.MediaType},
+		problems: []string{api.OHTTPKey, api.TooLarge, api.MediaType, api.Busy},
 	}
 	documentRaw(s.document, keys, "", ohttp.KeysMediaType)
 	documentRaw(s.document, relay, ohttp.RequestMediaType, ohttp.ResponseMediaType)
@@ -115,6 +115,11 @@ func (s *server) relay(w http.ResponseWriter, r *http.Request, x *exchange) ([]b
 	if err != nil {
 		return nil, err
 	}
+	giveBack, err := s.places.take(x)
+	if err != nil {
+		return nil, err
+	}
+	defer giveBack()
 	request, opened, err := s.vault.OpenCapsule(r.Context(), capsule)
 	switch {
 	case errors.Is(err, vault.ErrTokenUnavailable), errors.Is(err, vault.ErrStoreUnavailable):

@@ -79,6 +79,9 @@ func New(c Config) (http.Handler, error) {
 			return nil, errors.New("a rate limit needs a rate above zero and a burst of at least one")
 		}
 	}
+	if c.Limits.RequestsAtOnce < 1 {
+		return nil, errors.New("the vault needs a place for at least one request")
+	}
 	s := &server{
 		vault: c.Vault, log: c.Log, observe: c.Observe, timeout: c.RequestTimeout, now: c.Now,
 		authority: newAuthority(&keyring{source: c.Tenants, now: c.Now, log: c.Log}, c.VaultID, c.Now),
@@ -90,6 +93,7 @@ func New(c Config) (http.Handler, error) {
 			newLimiter[vault.AccountID](c.Limits.EnrolmentsPerUser, "enrolments were started by this user", c.Now),
 			newLimiter[string](c.Limits.EnrolmentsPerTenant, "enrolments were started by this tenant", c.Now),
 		},
+		places:   make(places, c.Limits.RequestsAtOnce),
 		router:   chi.NewRouter(),
 		document: newDocument(),
 		identity: identityCache{turn: make(chan struct{}, 1)},
@@ -113,6 +117,7 @@ type server struct {
 	now                  func() time.Time
 	authority            *authority
 	requests, enrolments limits
+	places               places
 	router               *chi.Mux
 	document             *huma.OpenAPI
 	identity             identityCache

@@ -293,6 +293,60 @@ func (h *hangingToken) Multiply(ctx context.Context, _ string, _ uint32, _ [33]b
 	return [33]byte{}, ctx.Err()
 }
 
+// Beyond the requests that are worked on, others are refused at once, in capsules and without, and nothing is charged or
+// kept of them. Requests that have not arrived whole hold nobody up.
+func TestBusy(t *testing.T) {
+	soft := vaulttest.NewSoftToken()
+	token := &gatedToken{SoftToken: soft, entered: make(chan struct{}), gate: make(chan struct{})}
+	s := newServiceOver(t, soft, token, func(c *httpapi.Config) {
+		c.Limits.RequestsAtOnce = 1
+		c.Limits.EnrolmentsPerUser = httpapi.RateLimit{PerSecond: 0.001, Burst: 2}
+	})
+	body := bodyRoutes(t, s.phone("anna"), &enrolment{})[0].body
+	start := func() reply { return s.call("POST", "anna", "/enrolment", body) }
+	capsule, _ := s.capsuled(s.relayConfigs()[0], "anna", inside("GET", pathOf("anna", ""), nil))
+	unfinished, half := io.Pipe()
+	slow := make(chan struct{})
+	go func() {
+		defer close(slow)
+		r := s.newRequest("POST", pathOf("anna", "/enrolment"), "anna", body)
+		r.Body, r.ContentLength = unfinished, 100
+		s.send(r)
+	}()
+	_, _ = half.Write([]byte("{")) // it is being read
+
+	first := make(chan reply)
+	go func() { first <- start() }()
+	<-token.entered
+	r := start()
+	wantProblem(t, r, api.Busy)
+	if r.status != 503 || r.header.Get("Retry-After") != "1" {
+		t.Errorf("got %v", r)
+	}
+	wantProblem(t, s.send(capsule), api.Busy)
+
+	close(token.gate)
+	into[api.StartEnrolmentResponse](t, <-first)
+	into[api.StartEnrolmentResponse](t, start()) // the second of two: the one that was refused was not counted
+	half.CloseWithError(io.ErrUnexpectedEOF)
+	<-slow
+}
+
+// gatedToken multiplies when its gate opens.
+type gatedToken struct {
+	*vaulttest.SoftToken
+	entered, gate chan struct{}
+}
+
+func (g *gatedToken) Multiply(ctx context.Context, purpose string, generation uint32, p [33]byte) ([33]byte, error) {
+	select {
+	case g.entered <- struct{}{}:
+	case <-g.gate:
+	}
+	<-g.gate
+	return g.SoftToken.Multiply(ctx, purpose, generation, p)
+}
+
 // TestClientGone: a client that left is no fault of the token's.
 func TestClientGone(t *testing.T) {
 	soft := vaulttest.NewSoftToken()
