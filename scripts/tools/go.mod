@@ -6,8 +6,11 @@ go 1.26.0
 
 tool (
 	github.com/OpenPeeDeeP/depguard/v2/cmd/depguard
+	github.com/backup-key-vault/bkv/scripts/tools/dashboard
 	honnef.co/go/tools/cmd/staticcheck
 )
+
+require github.com/grafana/grafana-foundation-sdk/go v0.0.22
 
 require (
 	github.com/BurntSushi/toml v1.6.0 // indirect
