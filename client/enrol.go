@@ -52,19 +52,16 @@ func (c *Client) EnrolKey(ctx context.Context, password string, key backup.Key) 
 	return c.enrol(ctx, password, key, status.Follow, nil)
 }
 
-// ReplaceWithoutProof makes a new backup key and puts it in the place of the active one
-// without proving to own that: for a user who has lost both device and password. The old
-// generation is frozen. Its owner can bring it back until its time is over, and until
-// then it cannot be replaced like this again (ErrConflict).
+// ReplaceWithoutProof puts a new key in the place of the active one without proving to own
+// that: for a user who has lost both device and password. The old generation is frozen. Its
+// owner can bring it back until its time is over, and until then it cannot be replaced like
+// this again (ErrConflict). So keep the new key first: if the app ends before the answer,
+// ChangePassword with that key goes on.
 //
 // Errors: as Enrol, with ErrNotEnrolled, ErrFrozen or ErrKeyDestroyed where there is
 // nothing to replace.
-func (c *Client) ReplaceWithoutProof(ctx context.Context, password string) (Enrolled, error) {
-	key, err := backup.NewKey(c.random)
-	if err != nil {
-		return Enrolled{}, err
-	}
-	return c.replace(ctx, password, key, nil)
+func (c *Client) ReplaceWithoutProof(ctx context.Context, password string, newKey backup.Key) (Enrolled, error) {
+	return c.replace(ctx, password, newKey, nil)
 }
 
 // ChangePassword puts the same key under a new password. Key proves who asks, so the old
@@ -77,14 +74,11 @@ func (c *Client) ChangePassword(ctx context.Context, key backup.Key, newPassword
 	return c.replace(ctx, newPassword, key, &key)
 }
 
-// ChangePasswordAndKey is ChangePassword with a new key, which it returns. What was
-// encrypted under the old key must be encrypted anew before the old key is forgotten.
-func (c *Client) ChangePasswordAndKey(ctx context.Context, key backup.Key, newPassword string) (Enrolled, error) {
-	fresh, err := backup.NewKey(c.random)
-	if err != nil {
-		return Enrolled{}, err
-	}
-	return c.replace(ctx, newPassword, fresh, &key)
+// ChangePasswordAndKey is ChangePassword with a new key. What was encrypted under the old key
+// must be encrypted anew before the old key is forgotten. Keep the new key first: if the app
+// ends before the answer, one of the two owns what the vault has.
+func (c *Client) ChangePasswordAndKey(ctx context.Context, key backup.Key, newPassword string, newKey backup.Key) (Enrolled, error) {
+	return c.replace(ctx, newPassword, newKey, &key)
 }
 
 // ChangePasswordWithOld recovers the key, which is one attempt, and changes its password.

@@ -150,7 +150,7 @@ func TestLostMessages(t *testing.T) {
 		"turn off what is frozen": {[]string{"DELETE backup-key"}, func(t *testing.T, s *service, breakAt func(*wire)) *wire {
 			a := enrol(t, s)
 			thief, _ := s.device("alice")
-			if _, err := thief.ReplaceWithoutProof(t.Context(), "mine"); err != nil {
+			if _, err := thief.ReplaceWithoutProof(t.Context(), "mine", newKey(t)); err != nil {
 				t.Fatal(err)
 			}
 			a.wire.set(breakAt)

@@ -2,6 +2,7 @@ package client_test
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/backup-key-vault/bkv/backup"
 	"github.com/backup-key-vault/bkv/client"
 	"github.com/backup-key-vault/bkv/client/httpclient"
 	"github.com/backup-key-vault/bkv/pkcs11util/tokentest"
@@ -65,12 +67,13 @@ func story(t *testing.T, phone, tablet *client.Client) {
 		t.Fatalf("changing with the old password: %v", err)
 	}
 	// And with a new key.
-	fresh, err := phone.ChangePasswordAndKey(ctx, enrolled.Key, "fourth")
+	kept := newKey(t)
+	fresh, err := phone.ChangePasswordAndKey(ctx, enrolled.Key, "fourth", kept)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if fresh.Key == enrolled.Key {
-		t.Error("the new key is the old one")
+	if fresh.Key != kept {
+		t.Error("the new key is another one than was given")
 	}
 	if got := mustRecover(t, tablet, "fourth"); got.Key != fresh.Key {
 		t.Error("the new key was not recovered")
@@ -102,6 +105,15 @@ func story(t *testing.T, phone, tablet *client.Client) {
 		t.Fatal(err)
 	}
 	mustRecover(t, tablet, "again")
+}
+
+func newKey(t *testing.T) backup.Key {
+	t.Helper()
+	key, err := backup.NewKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
 }
 
 func mustRecover(t *testing.T, c *client.Client, password string) client.Recovered {
@@ -216,7 +228,7 @@ func TestWithoutProof(t *testing.T) {
 	ctx := t.Context()
 	owner, _ := s.device("alice")
 	thief, _ := s.device("alice")
-	if _, err := thief.ReplaceWithoutProof(ctx, "mine"); !errors.Is(err, client.ErrNotEnrolled) {
+	if _, err := thief.ReplaceWithoutProof(ctx, "mine", newKey(t)); !errors.Is(err, client.ErrNotEnrolled) {
 		t.Errorf("replacing nothing: %v", err)
 	}
 	original, err := owner.Enrol(ctx, "original")
@@ -226,11 +238,16 @@ func TestWithoutProof(t *testing.T) {
 	if err := owner.Reinstate(ctx, original.Key); !errors.Is(err, client.ErrConflict) {
 		t.Errorf("reinstating what is active: %v", err)
 	}
-	usurper, err := thief.ReplaceWithoutProof(ctx, "mine")
+	kept := newKey(t)
+	if _, err := thief.ReplaceWithoutProof(ctx, "mine", kept); err != nil {
+		t.Fatal(err)
+	}
+	// Had its answer been lost, the key that was kept would go on.
+	usurper, err := thief.ChangePassword(ctx, kept, "mine after all")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := thief.ReplaceWithoutProof(ctx, "mine again"); !errors.Is(err, client.ErrConflict) {
+	if _, err := thief.ReplaceWithoutProof(ctx, "mine again", newKey(t)); !errors.Is(err, client.ErrConflict) {
 		t.Errorf("replacing while one is frozen: %v", err)
 	}
 	// The old one is still there, under its own password.
@@ -247,7 +264,7 @@ func TestWithoutProof(t *testing.T) {
 	if got := mustRecover(t, owner, "original"); got.Generation != original.Generation {
 		t.Error("another generation is active")
 	}
-	if _, err := thief.RecoverGeneration(ctx, "mine", usurper.Generation); err == nil {
+	if _, err := thief.RecoverGeneration(ctx, "mine after all", usurper.Generation); err == nil {
 		t.Error("the usurper's generation survived")
 	}
 

@@ -572,7 +572,7 @@ func FuzzAnswers(f *testing.F) {
 		if _, err := d.Recover(ctx, "right"); err == nil {
 			t.Error("recovered from nobody")
 		}
-		_, _ = d.ReplaceWithoutProof(ctx, "right")
+		_, _ = d.ReplaceWithoutProof(ctx, "right", backup.Key{1})
 		_ = d.TurnOff(ctx, backup.Key{})
 		_ = d.TurnOffWithoutProof(ctx)
 		_ = d.Reinstate(ctx, backup.Key{})

@@ -205,9 +205,10 @@ export class Vault {
   /**
    * For a user who has lost both device and password: a new key in the place of the old one,
    * which can still be recovered with its own password, or reinstated with its
-   * key, for the vault's grace time. Errors: as enrol, not-enrolled, frozen, key-destroyed.
+   * key, for the vault's grace time. Keep the new key first: if the page ends before the
+   * answer, changePassword with it goes on. Errors: as enrol, not-enrolled, frozen, key-destroyed.
    */
-  replaceWithoutProof(password: string, options?: Options): Promise<Enrolled>;
+  replaceWithoutProof(password: string, newKey: BackupKey, options?: Options): Promise<Enrolled>;
   /**
    * Makes one attempt. Errors without a charge: invalid-password, not-enrolled, frozen, too-early,
    * conflict. wrong-password: charged. key-destroyed: it was the last one. May be pending.
@@ -217,8 +218,11 @@ export class Vault {
   recoverGeneration(password: string, generation: string, options?: Options): Promise<Recovered>;
   /** The same key under a new password; the old password is worthless at once. Errors: as enrol, forbidden. */
   changePassword(key: BackupKey, password: string, options?: Options): Promise<Enrolled>;
-  /** changePassword with a new key: seal the backup anew before the old one is forgotten. */
-  changePasswordAndKey(key: BackupKey, password: string, options?: Options): Promise<Enrolled>;
+  /**
+   * changePassword with a new key: seal the backup anew before the old one is forgotten. Keep the
+   * new key first: if the page ends before the answer, one of the two owns what the vault has.
+   */
+  changePasswordAndKey(key: BackupKey, password: string, newKey: BackupKey, options?: Options): Promise<Enrolled>;
   /** Destroys what the vault keeps for this key. Errors: forbidden, not-enrolled, key-destroyed. */
   turnOff(key: BackupKey, options?: Options): Promise<void>;
   /** For a user who has lost both: freezes it. Errors: not-enrolled, frozen, conflict. */

@@ -181,7 +181,9 @@ export class Vault {
   async serial() { return (await this.#call("serial", {})).text; }
   async enrol(password, options) { return keyed(this.#call("enrol", { password: wellFormed(password) }, options)); }
   async enrolKey(password, key, options) { return keyed(this.#call("enrolKey", { password: wellFormed(password), key: keyOf(key) }, options)); }
-  async replaceWithoutProof(password, options) { return keyed(this.#call("replaceWithoutProof", { password: wellFormed(password) }, options)); }
+  async replaceWithoutProof(password, key, options) {
+    return keyed(this.#call("replaceWithoutProof", { password: wellFormed(password), key: keyOf(key) }, options));
+  }
   async recover(password, options) { return keyed(this.#call("recover", { password: wellFormed(password) }, options)); }
   async recoverGeneration(password, generation, options) {
     return keyed(this.#call("recoverGeneration", { password: wellFormed(password), generation }, options));
@@ -189,8 +191,8 @@ export class Vault {
   async changePassword(key, password, options) {
     return keyed(this.#call("changePassword", { password: wellFormed(password), key: keyOf(key) }, options));
   }
-  async changePasswordAndKey(key, password, options) {
-    return keyed(this.#call("changePasswordAndKey", { password: wellFormed(password), key: keyOf(key) }, options));
+  async changePasswordAndKey(key, password, newKey, options) {
+    return keyed(this.#call("changePasswordAndKey", { password: wellFormed(password), key: keyOf(key), newKey: keyOf(newKey) }, options));
   }
   async turnOff(key, options) { await this.#call("turnOff", { key: keyOf(key) }, options); }
   async turnOffWithoutProof(options) { await this.#call("turnOffWithoutProof", {}, options); }

@@ -60,6 +60,7 @@ type params struct {
 	LastSerial  string           `json:"lastSerial"`
 	Password    string           `json:"password"`
 	Key         api.Bytes        `json:"key"`
+	NewKey      api.Bytes        `json:"newKey"`
 	Digits      string           `json:"digits"`
 	Secret      api.Bytes        `json:"secret"`
 	Wrapped     api.Bytes        `json:"wrapped"`
@@ -67,11 +68,13 @@ type params struct {
 	Generation  api.GenerationID `json:"generation"`
 }
 
-func (p *params) key() (backup.Key, error) {
-	if len(p.Key) != backup.KeySize {
+func (p *params) key() (backup.Key, error) { return backupKey(p.Key) }
+
+func backupKey(b api.Bytes) (backup.Key, error) {
+	if len(b) != backup.KeySize {
 		return backup.Key{}, fmt.Errorf("%w: a backup key has %d bytes", errUnusable, backup.KeySize)
 	}
-	return backup.Key(p.Key), nil
+	return backup.Key(b), nil
 }
 
 // What operations return.
@@ -233,8 +236,6 @@ func (v *openVault) do(ctx context.Context, op string, p *params) (any, error) {
 		return text{strconv.FormatUint(v.Serial(), 10)}, nil
 	case "enrol":
 		return enrolled(v.Enrol(ctx, p.Password))
-	case "replaceWithoutProof":
-		return enrolled(v.ReplaceWithoutProof(ctx, p.Password))
 	case "recover":
 		return recovered(v.Recover(ctx, p.Password))
 	case "recoverGeneration":
@@ -251,8 +252,14 @@ func (v *openVault) do(ctx context.Context, op string, p *params) (any, error) {
 		return enrolled(v.EnrolKey(ctx, p.Password, key))
 	case "changePassword":
 		return enrolled(v.ChangePassword(ctx, key, p.Password))
+	case "replaceWithoutProof":
+		return enrolled(v.ReplaceWithoutProof(ctx, p.Password, key))
 	case "changePasswordAndKey":
-		return enrolled(v.ChangePasswordAndKey(ctx, key, p.Password))
+		newKey, err := backupKey(p.NewKey)
+		if err != nil {
+			return nil, err
+		}
+		return enrolled(v.ChangePasswordAndKey(ctx, key, p.Password, newKey))
 	case "turnOff":
 		return nil, v.TurnOff(ctx, key)
 	case "reinstate":

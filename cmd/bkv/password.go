@@ -1,6 +1,7 @@
 package main
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
 
@@ -85,7 +86,11 @@ func (c *passwordCommand) change(e *environment, vault *client.Client, key backu
 	var enrolled client.Enrolled
 	var err error
 	if c.NewKey {
-		enrolled, err = vault.ChangePasswordAndKey(e.ctx, key, password)
+		var fresh backup.Key
+		if fresh, err = backup.NewKey(rand.Reader); err != nil {
+			return client.Enrolled{}, err
+		}
+		enrolled, err = vault.ChangePasswordAndKey(e.ctx, key, password, fresh)
 	} else {
 		enrolled, err = vault.ChangePassword(e.ctx, key, password)
 	}

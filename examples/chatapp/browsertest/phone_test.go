@@ -258,15 +258,46 @@ func (p *phone) sees(words string) {
 	p.until(fmt.Sprintf("the message %q", words), fmt.Sprintf(`document.getElementById("messages").innerText.includes(%q)`, words))
 }
 
+// sets types a new password twice, and presses a button.
+func (p *phone) sets(password, button string) {
+	p.t.Helper()
+	p.types("New backup password", password)
+	p.types("The same password again", password)
+	p.press(button)
+}
+
 // turnsOn turns backup on with a password.
 func (p *phone) turnsOn(password string) {
 	p.t.Helper()
 	p.goes("backup/password")
-	p.types("New backup password", password)
-	p.types("The same password again", password)
-	p.press("Turn on")
+	p.sets(password, "Turn on")
 	p.at("backup")
 	p.says("End-to-end encrypted backup is on")
+}
+
+// toRestore is a new phone of this user's, which asks for the backup password.
+func (d *deployment) toRestore(name string) *phone {
+	d.t.Helper()
+	p := d.newPhone()
+	p.signIn(name)
+	p.at("restore")
+	p.press("Enter your backup password")
+	p.at("restore/password")
+	return p
+}
+
+// tries enters a backup password.
+func (p *phone) tries(password string) {
+	p.t.Helper()
+	p.types("Backup password", password)
+	p.press("Restore")
+}
+
+// restores enters the right one.
+func (p *phone) restores(password string) {
+	p.t.Helper()
+	p.tries(password)
+	p.at("restore/done")
 }
 
 // -- what is looked at

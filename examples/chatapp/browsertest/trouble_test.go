@@ -57,7 +57,7 @@ func (p *phone) untilDone(n int, how verdict, operation func(), done string) boo
 	}
 	p.says("Nothing is lost")
 	if n == 1 {
-		p.look("trouble-" + done)
+		p.look("trouble-" + p.text(shown))
 	}
 	p.d.front.set(nil)
 	p.press("Try again")

@@ -273,6 +273,7 @@ try {
     throw error;
   }
 }
-// A restore that was interrupted is said, wherever the page is opened again.
-if (state.account && sessionStorage.getItem("restoring") && !location.hash.startsWith("#/restore")) go("restore");
+// What was interrupted is said, wherever the page is opened again.
+if (state.backup?.begun) go(state.backup.on ? "backup" : "restore/start-over");
+else if (state.account && sessionStorage.getItem("restoring") && !location.hash.startsWith("#/restore")) go("restore");
 else await showRoute();

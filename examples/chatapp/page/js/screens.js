@@ -1,18 +1,22 @@
 // The screens of Settings, Chats, Chat backup, End-to-end encrypted backup, and of restoring.
 import { Backup } from "./backup.js";
 import * as passkey from "./passkey.js";
-import { $, busy, Cancelled, fieldError, fill, notice, problem, wireReveal } from "./ui.js";
+import { $, busy, Cancelled, fieldError, fill, notice, problem, say, wireReveal } from "./ui.js";
 import { duration, explain, timeLeft, tries } from "./words.js";
 
 const minPassword = 8; // characters; the vault's ten tries do the rest
 const hopeless = new Set(["password", "passwort", "12345678", "123456789", "1234567890", "qwertyui", "qwertyuiop", "11111111", "00000000", "iloveyou", "sunshine", "football"]);
+
+const activeOf = (status) => status.generations.find((g) => g.state === "active");
+/** Whether the key was destroyed by wrong passwords. */
+const guessedAway = (status) => status.generations.some((g) => ["exhausted", "failures"].includes(g.reason));
 
 /** The screens by route. */
 export function backupScreens(state, { go, changed }) {
   const b = () => state.backup;
 
   /** Performs work behind the dialog; afterwards goes on, or says what is wrong. */
-  async function run(words, work, { then, failed } = {}) {
+  async function run(words, work, { then, failed, cancelled } = {}) {
     problem("");
     notice("");
     try {
@@ -22,6 +26,7 @@ export function backupScreens(state, { go, changed }) {
     } catch (error) {
       if (error instanceof Cancelled) {
         notice("Cancelled.");
+        await cancelled?.();
         return;
       }
       if (await failed?.(error)) return;
@@ -33,6 +38,8 @@ export function backupScreens(state, { go, changed }) {
   /** Buttons for what helps. */
   function waysOn(error) {
     switch (error.code) {
+      case "started-over":
+        return [["Enter the password", () => go("restore/password")]];
       case "already-enrolled": case "forbidden": case "wrong-key":
         return [["Restore", () => go("restore")], ["Start over", () => go("restore/start-over")]];
       case "unauthenticated":
@@ -71,73 +78,113 @@ export function backupScreens(state, { go, changed }) {
     for (const e of section.querySelectorAll(".no-passkey")) e.hidden = prf || !can;
   }
 
+  /** Learns what there is, and shows it; if that fails, what is known. */
   async function look() {
-    await b().refresh();
-    describe();
+    try {
+      await b().refresh();
+    } finally {
+      describe();
+      $("back-up").hidden = !b().on;
+      $("restore-row").hidden = !b().stored;
+    }
   }
 
   // -- Chat backup
 
   async function showBackup() {
-    await look();
-    $("back-up").hidden = !b().on;
-    $("restore-row").hidden = !b().stored;
     $("vault-notice").replaceChildren();
-    if (b().on && b().kept.facts.mode === "password" && Backup.supported()) lookAtVault();
+    await look();
+    if (!Backup.supported()) return;
+    if (b().begun && !b().on) {
+      warn("Starting over with a new backup was interrupted.", ["Go on", () => go("restore/start-over")]);
+    } else if (b().on && (b().begun || b().kept.facts.mode === "password")) {
+      lookAtVault();
+    }
   }
 
-  function warn(words, label, act) {
-    const p = document.createElement("p");
-    p.textContent = words;
-    const box = $("vault-notice");
-    box.replaceChildren(p);
-    if (!label) return;
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = label;
-    button.addEventListener("click", act);
-    const row = document.createElement("div");
-    row.className = "actions";
-    row.append(button);
-    box.append(row);
-  }
+  const warn = (words, ...actions) => say($("vault-notice"), words, actions);
 
   /** Tells what the vault knows of this device's key, if it is something to know. */
   async function lookAtVault() {
-    let status;
+    let status = { generations: [] };
     try {
-      status = await b().vaultStatus();
+      if (b().kept.facts.mode === "password") status = await b().vaultStatus();
+      if (b().begun && (await lookAtBegun(status))) return;
     } catch (error) {
-      if (error.code !== "not-enrolled") {
-        if (["stale-keys", "wrong-vault"].includes(error.code)) warn(explain(error).text);
-        return; // it is only to tell; what needs the vault says what is wrong
+      if (b().begun) {
+        warn(`${begunWords[b().begun.what]} was interrupted, and how far it got cannot be seen right now. ${explain(error).text}`, ["Look again", () => showBackup()]);
+      } else if (["stale-keys", "wrong-vault"].includes(error.code)) {
+        warn(explain(error).text);
       }
-      status = { generations: [] };
+      return; // it is only to tell; what needs the vault says what is wrong
     }
-    const active = status.generations.find((g) => g.state === "active");
+    const active = activeOf(status);
     // A key that came by passkey does not know its generation.
     const { generation = active?.id } = b().kept.facts;
     const mine = status.generations.find((g) => g.id === generation);
     if (mine?.state === "frozen") {
       warn(`Somebody set up a new backup for your account, or turned yours off, without this phone’s key. If that was not you, bring yours back within ${timeLeft(mine.expiresSeconds ?? 0)}.`,
-        "Bring my backup back", () => run("Bringing your backup back…", (job) => b().reinstate(job), { then: async () => { await showBackup(); notice("Your backup is back."); } }));
+        ["Bring my backup back", () => run("Bringing your backup back…", (job) => b().reinstate(job), { then: async () => { await showBackup(); notice("Your backup is back."); } })]);
     } else if (!active) {
-      warn("Your password no longer opens the backup: after too many wrong tries its key was destroyed in the vault. This phone still has the key, so nothing is lost.",
-        "Set a password again", () => go("backup/change"));
+      warn(`Your password no longer opens the backup: ${guessedAway(status) ? "after too many wrong tries its key was destroyed in the vault" : "it was turned off in the vault"}. This phone still has the key, so nothing is lost.`,
+        ["Set a password again", () => go("backup/change")]);
     } else if (!mine) {
-      warn("Your backup was set up anew on another phone. Restore it here to go on backing up.", "Restore", () => go("restore"));
+      warn("Your backup was set up anew on another phone, or its password was changed there. Restore it here to go on backing up.", ["Restore", () => go("restore")]);
     } else if (mine.failuresSince > 0) {
       warn(`Wrong backup passwords were tried ${mine.failuresSince === 1 ? "once" : `${mine.failuresSince} times`} since it was last opened. If that was not you, somebody is guessing; ${tries(status.attemptsLeft)} left before the key is destroyed. You can change the password now.`,
-        "Change password", () => go("backup/change"));
+        ["Change password", () => go("backup/change")]);
     }
   }
 
-  $("back-up").addEventListener("click", () => run("Backing up…", (job) => b().backUp(job), {
-    then: async () => {
-      await showBackup();
-      notice("Backup saved.");
-    },
-  }));
+  const begunWords = { change: "Changing your password", "new-key": "Changing your password and key", "start-over": "Starting over", off: "Turning off" };
+  const saved = async () => {
+    await showBackup();
+    notice("Backup saved.");
+  };
+  const backUp = () => run("Backing up…", (job) => b().backUp(job), { then: saved });
+  $("back-up").addEventListener("click", backUp);
+
+  /**
+   * Says how far it got, what was begun and interrupted on this device, and what can be done. Returns whether that is all there
+   * is to say.
+   */
+  async function lookAtBegun(status) {
+    const { what, before, saving } = b().begun;
+    const { mode, generation } = b().kept.facts;
+    const active = activeOf(status);
+    const leave = (label) => [label, async () => { await b().leaveIt(); await showBackup(); }];
+    const change = (label) => [label, () => go("backup/change")];
+    if (what === "off") {
+      const opens = mode !== "password" || Boolean(active);
+      if (!b().stored && (mode !== "password" || !active)) {
+        await b().forget();
+        await showBackup();
+        notice("Turning off was interrupted, and was done all the same: encrypted backup is off, and the stored backup is deleted.");
+      } else if (opens) {
+        warn("Turning off was interrupted before anything was turned off. Your backup is as it was.", ["Turn off now", turnOff], leave("Keep the backup"));
+      } else {
+        warn("Turning off was interrupted halfway. Your password opens nothing any more, but the backup is still stored.", ["Turn off now", turnOff], change("Set a password again"));
+      }
+      return true;
+    }
+    if (saving) {
+      warn(`${begunWords[what]} was interrupted at its end. Your new password is set, but your messages are not yet backed up under it.`, ["Back up now", backUp]);
+      return true;
+    }
+    if (!active || status.generations.some((g) => g.state === "frozen" && [before, generation].includes(g.id))) return false;
+    if (active.id === before) {
+      warn(`${begunWords[what]} was interrupted before it was done. Your old password still opens the backup.`, change("Change password"), leave("Keep the old password"));
+      return true;
+    }
+    if (what === "new-key") {
+      warn(`${begunWords[what]} was interrupted halfway: the old password opens nothing any more, and the backup is not yet under the new key. Nothing is lost. Set the new password once more to finish.`, change("Set the password"));
+      return true;
+    }
+    if (!(await b().opens())) return false;
+    await b().adopt(active.id);
+    notice("Changing your password was interrupted, and was done all the same: the new password opens your backup.");
+    return false;
+  }
 
   // -- turning on
 
@@ -179,24 +226,28 @@ export function backupScreens(state, { go, changed }) {
   const stretching = "Protecting your key with the password. This takes a few seconds…";
   const create = newPassword("create-password", "Turn on", {}, (password) => run(stretching, (job) => b().turnOnWithPassword(job, password), { then: on }));
   const startOver = newPassword("start-over", "Delete the old backup and start over", {}, (password) =>
-    run(stretching, (job) => b().turnOnWithPassword(job, password, { startOver: true }), { then: on }));
+    run(stretching, (job) => b().startOver(job, password), { then: on, cancelled: showBegun }));
   let again = false; // the vault has no key: it is put there again, and not replaced
-  const change = newPassword("change-password", "Change password", { offerNewKey: () => !again }, (password, newKey) =>
+  const change = newPassword("change-password", "Change password", { offerNewKey: () => !again && b().begun?.what !== "new-key" }, (password, newKey) =>
     run(stretching, (job) => (again ? b().setPasswordAgain(job, password) : b().changePassword(job, password, newKey)), {
       then: () => {
         go("backup", again ? "Your password opens the backup again." : "Your password is changed.");
       },
+      cancelled: showBegun,
     }));
+
+  /** After an interruption: to where it is said how far it got. */
+  function showBegun() {
+    if (b().begun) go(b().on ? "backup" : "restore/start-over", "Cancelled.");
+  }
 
   async function showChange() {
     await look();
     if (!b().on || b().kept.facts.mode !== "password") return go("backup/encryption");
     again = false;
     try {
-      again = !(await b().vaultStatus()).generations.some((g) => g.state === "active");
-    } catch (error) {
-      again = error.code === "not-enrolled"; // anything else shows when the form is sent
-    }
+      again = !activeOf(await b().vaultStatus());
+    } catch { /* it shows when the form is sent */ }
     change.fields();
     return undefined;
   }
@@ -246,11 +297,13 @@ export function backupScreens(state, { go, changed }) {
 
   // -- turning off
 
-  $("turn-off").addEventListener("click", () => run("Turning off…", (job) => b().turnOff(job), {
+  const turnOff = () => run("Turning off…", (job) => b().turnOff(job), {
     then: () => {
       go("backup", "Encrypted backup is off, and the stored backup is deleted.");
     },
-  }));
+    cancelled: showBegun,
+  });
+  $("turn-off").addEventListener("click", turnOff);
 
   // -- restoring
 
@@ -342,7 +395,12 @@ export function backupScreens(state, { go, changed }) {
   async function lookAtAttempts() {
     try {
       const status = await b().vaultStatus();
-      if (status.generations.length > 0 && !status.generations.some((g) => ["active", "frozen"].includes(g.state))) {
+      const open = status.generations.some((g) => ["active", "frozen"].includes(g.state));
+      if (!open && !guessedAway(status)) {
+        problem("The key vault has no key for this backup: it was turned off or set up elsewhere. If your old phone still has your messages, set up backup there again.", [["Start over", () => go("restore/start-over")]]);
+        return;
+      }
+      if (!open) {
         go("restore/destroyed");
         return;
       }
@@ -351,7 +409,6 @@ export function backupScreens(state, { go, changed }) {
       countDown(status.waitSeconds);
     } catch (error) {
       if (error.code === "key-destroyed") go("restore/destroyed");
-      else if (error.code === "not-enrolled") problem("The key vault has no key for this backup: it was turned off or set up elsewhere. If your old phone still has your messages, set up backup there again.", [["Start over", () => go("restore/start-over")]]);
       else problem(explain(error).text, [["Try again", () => { problem(""); lookAtAttempts(); }]]);
     }
   }
@@ -391,6 +448,10 @@ export function backupScreens(state, { go, changed }) {
             ownFailures = 0;
             go("restore/destroyed");
             return true;
+          case "wrong-key":
+            problem("Your password is right, but the stored backup is under an older key: somebody started over, or changed the key, and was interrupted before the messages were backed up. A phone that still has them can back them up now. If there is none, replace the old backup by what is on this phone.",
+              [["Replace the old backup", () => run("Backing up…", (job) => b().backUp(job, { passkeys: [] }), { then: () => go("backup", "Backup saved.") })]]);
+            return true;
         }
         return false;
       },
@@ -425,6 +486,29 @@ export function backupScreens(state, { go, changed }) {
   $("destroyed-passkey").addEventListener("click", withPasskey);
   for (const button of document.querySelectorAll(".refresh")) button.addEventListener("click", () => go("restore/password"));
 
+  async function showStartOver() {
+    await look();
+    startOver.fields();
+    $("start-over-begun").replaceChildren();
+    if (b().begun && !b().on) lookAtStartOver();
+  }
+
+  async function lookAtStartOver() {
+    const words = $("start-over-begun");
+    const { before } = b().begun;
+    try {
+      const active = activeOf(await b().vaultStatus());
+      if (active && active.id !== before) {
+        say(words, "Starting over was interrupted halfway: the old password is put aside and the new one is set, but nothing is backed up under it yet. To finish, set the new password once more.");
+      } else {
+        say(words, "Starting over was interrupted before anything was changed: the old backup is as it was. You can start over now, or leave it.",
+          [["Leave the old backup as it is", async () => { await b().leaveIt(); go("restore"); }]]);
+      }
+    } catch (error) {
+      say(words, `Starting over was interrupted, and how far it got cannot be seen right now. ${explain(error).text}`, [["Look again", () => showStartOver()]]);
+    }
+  }
+
   async function showDestroyed() {
     await look();
     $("destroyed-passkey-row").hidden = !(b().stored?.passkeys.length && (await passkey.available()));
@@ -444,7 +528,7 @@ export function backupScreens(state, { go, changed }) {
     "restore/digits": { show: () => $("restore-with-digits").reset(), hide: () => $("restore-with-digits").reset() },
     "restore/destroyed": { show: showDestroyed },
     "restore/forgotten": {},
-    "restore/start-over": { show: async () => { await look(); startOver.fields(); }, hide: () => startOver.empty() },
+    "restore/start-over": { show: showStartOver, hide: () => startOver.empty() },
     "restore/done": {},
   };
 }

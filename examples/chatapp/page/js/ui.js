@@ -9,22 +9,26 @@ export function problem(words, actions = []) {
   box.replaceChildren();
   box.hidden = !words;
   if (!words) return;
+  say(box, words, actions);
+  box.scrollIntoView({ block: "nearest" });
+}
+
+/** Puts words into a box, and buttons below them. */
+export function say(box, words, actions = []) {
   const p = document.createElement("p");
   p.textContent = words;
-  box.append(p);
-  if (actions.length) {
-    const row = document.createElement("div");
-    row.className = "actions";
-    for (const [label, act] of actions) {
-      const button = document.createElement("button");
-      button.type = "button";
-      button.textContent = label;
-      button.addEventListener("click", act);
-      row.append(button);
-    }
-    box.append(row);
+  box.replaceChildren(p);
+  if (!actions.length) return;
+  const row = document.createElement("div");
+  row.className = "actions";
+  for (const [label, act] of actions) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = label;
+    button.addEventListener("click", act);
+    row.append(button);
   }
-  box.scrollIntoView({ block: "nearest" });
+  box.append(row);
 }
 
 /** Says what went well, read out when there is time. */
