@@ -115,8 +115,12 @@ func showStatus(out io.Writer, s *api.ServiceStatus) error {
 		if d.Synchronous {
 			waits = "commits wait for them"
 		}
-		if d.LagSeconds != nil && d.Replicas > 0 {
+		switch {
+		case d.Replicas == 0:
+		case d.LagSeconds != nil:
 			behind = fmt.Sprintf(", at most %s behind", time.Duration(*d.LagSeconds*float64(time.Second)).Round(time.Millisecond))
+		default:
+			behind = ", how far behind only a login with pg_read_all_stats may see"
 		}
 		row("replicas", "%d connected%s; %s", d.Replicas, behind, waits)
 	}
