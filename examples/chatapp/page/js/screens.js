@@ -196,7 +196,7 @@ export function backupScreens(state, { go, changed }) {
   }
 
   /** Fills a form for a new password. It is emptied when the screen is left. */
-  function newPassword(id, label, { offerNewKey = false } = {}, submit) {
+  function newPassword(id, label, { offerNewKey = false, danger = false } = {}, submit) {
     const form = $(id);
     form.addEventListener("submit", (event) => {
       event.preventDefault();
@@ -212,7 +212,9 @@ export function backupScreens(state, { go, changed }) {
     return {
       fields() {
         form.replaceChildren($("new-password-fields").content.cloneNode(true));
-        form.querySelector("button.primary").textContent = label;
+        const button = form.querySelector("button.primary");
+        button.textContent = label;
+        if (danger) button.className = "danger";
         form.querySelector(".new-key").hidden = !(offerNewKey && offerNewKey());
         wireReveal(form.querySelector(".reveal"));
       },
@@ -225,7 +227,7 @@ export function backupScreens(state, { go, changed }) {
   };
   const stretching = "Protecting your key with the password. This takes a few seconds…";
   const create = newPassword("create-password", "Turn on", {}, (password) => run(stretching, (job) => b().turnOnWithPassword(job, password), { then: on }));
-  const startOver = newPassword("start-over", "Delete the old backup and start over", {}, (password) =>
+  const startOver = newPassword("start-over", "Delete the old backup and start over", { danger: true }, (password) =>
     run(stretching, (job) => b().startOver(job, password), { then: on, cancelled: showBegun }));
   let again = false; // the vault has no key: it is put there again, and not replaced
   const change = newPassword("change-password", "Change password", { offerNewKey: () => !again && b().begun?.what !== "new-key" }, (password, newKey) =>
@@ -449,6 +451,7 @@ export function backupScreens(state, { go, changed }) {
             go("restore/destroyed");
             return true;
           case "wrong-key":
+            input.value = "";
             problem("Your password is right, but the stored backup is under an older key: somebody started over, or changed the key, and was interrupted before the messages were backed up. A phone that still has them can back them up now. If there is none, replace the old backup by what is on this phone.",
               [["Replace the old backup", () => run("Backing up…", (job) => b().backUp(job, { passkeys: [] }), { then: () => go("backup", "Backup saved.") })]]);
             return true;
