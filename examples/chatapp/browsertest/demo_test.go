@@ -57,16 +57,11 @@ func TestDemo(t *testing.T) {
 		t.Errorf("only %q run, so that a search says nothing", running)
 	}
 
-	d.newPhone().signUp("bob")
-	alice := d.newPhone()
-	alice.signUp("alice")
-	alice.writes("bob", secretMessage)
+	alice := d.alice()
 	alice.turnsOn(firstPassword)
 	next := d.toRestore("alice")
 	next.restores(firstPassword)
-	next.goes("chats")
-	next.press("bob")
-	next.sees(secretMessage)
+	next.reads("bob", secretMessage)
 
 	stop()
 	eventually(t, "it ends", func() bool {

@@ -33,10 +33,7 @@ func (p *phone) opensWith(password, not string) {
 func TestNetworkLostWhileChanging(t *testing.T) {
 	t.Parallel()
 	d := deploy(t, "--delays=none")
-	d.newPhone().signUp("bob")
-	alice := d.newPhone()
-	alice.signUp("alice")
-	alice.writes("bob", secretMessage)
+	alice := d.alice()
 	old, now := secondPassword, firstPassword
 	alice.turnsOn(now)
 	next := d.toRestore("alice")
@@ -58,19 +55,14 @@ func TestNetworkLostWhileChanging(t *testing.T) {
 			t.Errorf("%s: changing was broken at %d steps, which is too few", name, steps)
 		}
 	}
-	next.goes("chats")
-	next.press("bob")
-	next.sees(secretMessage)
+	next.reads("bob", secretMessage)
 }
 
 // Changing the password is interrupted for good: the page is loaded anew, or the user gives up.
 func TestChangeInterrupted(t *testing.T) {
 	t.Parallel()
 	d := deploy(t, "--delays=none")
-	d.newPhone().signUp("bob")
-	alice := d.newPhone()
-	alice.signUp("alice")
-	alice.writes("bob", secretMessage)
+	alice := d.alice()
 	alice.turnsOn(firstPassword)
 	key := alice.key()
 	next := d.toRestore("alice")
@@ -132,6 +124,7 @@ func TestChangeInterrupted(t *testing.T) {
 	alice.says("the old password opens nothing any more, and the backup is not yet under the new key. Nothing is lost.")
 	alice.look("change-of-key-interrupted")
 	stranded := d.toRestore("alice")
+	stranded.has("10 tries left")
 	stranded.tries(secondPassword)
 	stranded.says("Your password is right, but the stored backup is under an older key")
 	stranded.look("restore-older-key")
@@ -158,19 +151,14 @@ func TestChangeInterrupted(t *testing.T) {
 	next.opensWith(firstPassword, wrongPassword)
 	last := d.toRestore("alice")
 	last.restores(firstPassword)
-	last.goes("chats")
-	last.press("bob")
-	last.sees(secretMessage)
+	last.reads("bob", secretMessage)
 }
 
 // The network is lost at each step of turning off.
 func TestNetworkLostWhileTurningOff(t *testing.T) {
 	t.Parallel()
 	d := deploy(t)
-	d.newPhone().signUp("bob")
-	alice := d.newPhone()
-	alice.signUp("alice")
-	alice.writes("bob", secretMessage)
+	alice := d.alice()
 	for name, how := range bothWays {
 		steps := 0
 		for n := 1; ; n++ {
@@ -188,9 +176,7 @@ func TestNetworkLostWhileTurningOff(t *testing.T) {
 			t.Errorf("%s: turning off was broken at %d steps, which is too few", name, steps)
 		}
 	}
-	alice.goes("chats")
-	alice.press("bob")
-	alice.sees(secretMessage)
+	alice.reads("bob", secretMessage)
 }
 
 // isOff sees that backup is off on this phone, and that neither the back end nor the vault has any.
@@ -215,10 +201,7 @@ func (p *phone) isOff() {
 func TestTurningOffInterrupted(t *testing.T) {
 	t.Parallel()
 	d := deploy(t, "--delays=none")
-	d.newPhone().signUp("bob")
-	alice := d.newPhone()
-	alice.signUp("alice")
-	alice.writes("bob", secretMessage)
+	alice := d.alice()
 	alice.turnsOn(firstPassword)
 	turnsOff := func(link *link, decide func(*http.Request) verdict) {
 		t.Helper()
@@ -261,9 +244,7 @@ func TestTurningOffInterrupted(t *testing.T) {
 	alice.reload()
 	alice.says("Turning off was interrupted, and was done all the same")
 	alice.isOff()
-	alice.goes("chats")
-	alice.press("bob")
-	alice.sees(secretMessage)
+	alice.reads("bob", secretMessage)
 }
 
 // Starting over is interrupted: the page says what is so now, and goes on.
@@ -303,9 +284,7 @@ func TestStartOverInterrupted(t *testing.T) {
 	alice.press("Enter your backup password")
 	alice.at("restore/password")
 	alice.restores(firstPassword)
-	alice.goes("chats")
-	alice.press("bob")
-	alice.sees(secretMessage)
+	alice.reads("bob", secretMessage)
 
 	// It did it, and the page does not know.
 	carol := lost("carol", activation, loseAnswer)
@@ -332,9 +311,7 @@ func TestStartOverInterrupted(t *testing.T) {
 	carol.says("Backup saved.")
 	next := d.toRestore("carol")
 	next.restores(wrongPassword)
-	next.goes("chats")
-	next.press("bob")
-	next.sees(secretAnswer)
+	next.reads("bob", secretAnswer)
 
 	// Somebody else, or the same person elsewhere, cannot do it once more for a week.
 	other := d.newPhone()
@@ -427,9 +404,7 @@ func TestNetworkLostWhileAddingPasskey(t *testing.T) {
 			carol.at("restore")
 			carol.press("Use your passkey")
 			carol.at("restore/done")
-			carol.goes("chats")
-			carol.press("bob")
-			carol.sees(secretMessage)
+			carol.reads("bob", secretMessage)
 		})
 	}
 }

@@ -258,6 +258,24 @@ func (p *phone) sees(words string) {
 	p.until(fmt.Sprintf("the message %q", words), fmt.Sprintf(`document.getElementById("messages").innerText.includes(%q)`, words))
 }
 
+// reads opens a chat, and waits for a message in it.
+func (p *phone) reads(peer, words string) {
+	p.t.Helper()
+	p.goes("chats")
+	p.press(peer)
+	p.sees(words)
+}
+
+// alice is the phone of a user who has written to bob.
+func (d *deployment) alice() *phone {
+	d.t.Helper()
+	d.newPhone().signUp("bob")
+	p := d.newPhone()
+	p.signUp("alice")
+	p.writes("bob", secretMessage)
+	return p
+}
+
 // sets types a new password twice, and presses a button.
 func (p *phone) sets(password, button string) {
 	p.t.Helper()
@@ -284,6 +302,12 @@ func (d *deployment) toRestore(name string) *phone {
 	p.press("Enter your backup password")
 	p.at("restore/password")
 	return p
+}
+
+// has waits until the screen says how many tries are left.
+func (p *phone) has(triesLeft string) {
+	p.t.Helper()
+	p.until(triesLeft, fmt.Sprintf(`document.getElementById("attempts").innerText.includes(%q)`, triesLeft))
 }
 
 // tries enters a backup password.

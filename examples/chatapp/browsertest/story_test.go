@@ -106,11 +106,10 @@ func TestPassword(t *testing.T) {
 	next.look("restore")
 	next.press("Enter your backup password")
 	next.at("restore/password")
-	next.until("the attempts", `document.getElementById("attempts").innerText.includes("10 tries left")`)
+	next.has("10 tries left")
 	next.look("restore-password")
 	for i, left := range []string{"9 tries left", "8 tries left"} {
-		next.types("Backup password", wrongPassword)
-		next.press("Restore")
+		next.tries(wrongPassword)
 		next.says("That password is wrong. You have " + left)
 		if waits := strings.Contains(next.text(`document.getElementById("problem").innerText`), "Wait 1 hour"); waits != (i == 1) {
 			t.Errorf("after %d wrong passwords a wait is shown: %v", i+1, waits)
@@ -118,8 +117,7 @@ func TestPassword(t *testing.T) {
 	}
 	next.look("restore-password-wrong")
 	d.back.sent()
-	next.types("Backup password", firstPassword)
-	next.press("Restore")
+	next.tries(firstPassword)
 	next.says("You can try again in")
 	if sent := d.back.sent(); len(sent) > 0 {
 		t.Errorf("before its time, the vault was sent %q", sent)
@@ -132,19 +130,15 @@ func TestPassword(t *testing.T) {
 	alice.press("Change password")
 	alice.at("backup/change")
 	alice.look("change-password")
-	alice.types("New backup password", secondPassword)
-	alice.types("The same password again", secondPassword)
-	alice.press("Change password")
+	alice.sets(secondPassword, "Change password")
 	alice.at("backup")
 	alice.says("Your password is changed.")
 
 	// With it the wait is over, and the new password opens the backup.
 	next.goes("chats")
 	next.goes("restore/password")
-	next.until("the attempts", `document.getElementById("attempts").innerText.includes("10 tries left")`)
-	next.types("Backup password", secondPassword)
-	next.press("Restore")
-	next.at("restore/done")
+	next.has("10 tries left")
+	next.restores(secondPassword)
 	next.look("restored")
 	next.press("Go to my chats")
 	next.at("chats")

@@ -71,20 +71,12 @@ func (p *phone) untilDone(n int, how verdict, operation func(), done string) boo
 func TestNetworkLostAtEachStep(t *testing.T) {
 	t.Parallel()
 	d := deploy(t)
-	bob := d.newPhone()
-	bob.signUp("bob")
 	how := func(n int) verdict { return []verdict{loseRequest, loseAnswer}[n%2] }
-	alice := d.newPhone()
-	alice.signUp("alice")
-	alice.writes("bob", secretMessage)
+	alice := d.alice()
 	steps := 0
 	for n := 1; ; n++ {
 		alice.goes("backup/password")
-		on := func() {
-			alice.types("New backup password", firstPassword)
-			alice.types("The same password again", firstPassword)
-			alice.press("Turn on")
-		}
+		on := func() { alice.sets(firstPassword, "Turn on") }
 		if !alice.untilDone(n, how(n), on, "backup") {
 			break
 		}
@@ -99,19 +91,12 @@ func TestNetworkLostAtEachStep(t *testing.T) {
 	}
 	steps = 0
 	for n := 1; ; n++ {
-		next := d.newPhone()
-		next.signIn("alice")
-		next.at("restore")
-		next.press("Enter your backup password")
-		next.at("restore/password")
-		next.until("the attempts", `document.getElementById("attempts").innerText.includes("10 tries left")`)
-		restore := func() {
-			next.types("Backup password", firstPassword)
-			next.press("Restore")
-		}
+		next := d.toRestore("alice")
+		next.has("10 tries left")
+		restore := func() { next.tries(firstPassword) }
 		more := next.untilDone(n, how(n), restore, "restore/done")
 		next.goes("restore/password")
-		next.until("no try was charged", `document.getElementById("attempts").innerText.includes("10 tries left")`)
+		next.has("10 tries left")
 		if !more {
 			break
 		}
@@ -132,47 +117,33 @@ func TestReload(t *testing.T) {
 	// whether the vault has the key; the phone still owns it.
 	d.back.set(breakAtCapsule(4, loseAnswer)) // after status, start and stage
 	alice.goes("backup/password")
-	alice.types("New backup password", firstPassword)
-	alice.types("The same password again", firstPassword)
-	alice.press("Turn on")
+	alice.sets(firstPassword, "Turn on")
 	alice.says("Nothing is lost")
 	d.back.set(nil)
 	alice.open()
 	alice.turnsOn(secondPassword)
 
-	next := d.newPhone()
-	next.signIn("alice")
-	next.at("restore")
-	next.press("Enter your backup password")
-	next.at("restore/password")
-	next.until("the attempts", `document.getElementById("attempts").innerText.includes("10 tries left")`)
+	next := d.toRestore("alice")
+	next.has("10 tries left")
 	d.back.set(breakAtCapsule(3, loseRequest)) // after status and start
-	next.types("Backup password", secondPassword)
-	next.press("Restore")
+	next.tries(secondPassword)
 	next.says("Nothing is lost")
 	d.back.set(nil)
 	next.reload()
 	next.says("Restoring was interrupted")
 	next.look("restore-interrupted")
-	next.until("one try is counted", `document.getElementById("attempts").innerText.includes("9 tries left")`)
-	next.types("Backup password", secondPassword)
-	next.press("Restore")
-	next.at("restore/done")
+	next.has("9 tries left")
+	next.restores(secondPassword)
 
 	// Interrupted after the key was found, while the backup is fetched.
-	other := d.newPhone()
-	other.signIn("alice")
-	other.at("restore")
-	other.press("Enter your backup password")
-	other.at("restore/password")
+	other := d.toRestore("alice")
 	d.front.set(func(r *http.Request) verdict {
 		if r.URL.Path == "/api/backup/blob" {
 			return loseRequest
 		}
 		return pass
 	})
-	other.types("Backup password", secondPassword)
-	other.press("Restore")
+	other.tries(secondPassword)
 	other.says("Nothing is lost")
 	other.open()
 	other.says("this costs no try")
@@ -213,14 +184,8 @@ func TestTwoAtOnce(t *testing.T) {
 	second.goes("backup")
 	second.until("that backup is on", `document.querySelector("[data-fill=encryption-short]").textContent === "On"`)
 
-	next := d.newPhone()
-	next.signIn("alice")
-	next.at("restore")
-	next.press("Enter your backup password")
-	next.at("restore/password")
-	next.types("Backup password", firstPassword)
-	next.press("Restore")
-	next.at("restore/done")
+	next := d.toRestore("alice")
+	next.restores(firstPassword)
 	alice.writes("bob", secretMessage)
 	next.writes("bob", secretAnswer)
 	next.goes("backup")
@@ -229,19 +194,10 @@ func TestTwoAtOnce(t *testing.T) {
 	next.says("Backup saved.")
 	alice.press("Back up now")
 	alice.says("Backup saved.")
-	for _, p := range []*phone{alice, d.newPhone()} {
-		if p != alice {
-			p.signIn("alice")
-			p.at("restore")
-			p.press("Enter your backup password")
-			p.at("restore/password")
-			p.types("Backup password", firstPassword)
-			p.press("Restore")
-			p.at("restore/done")
-		}
-		p.goes("chats")
-		p.press("bob")
-		p.sees(secretMessage)
+	last := d.toRestore("alice")
+	last.restores(firstPassword)
+	for _, p := range []*phone{alice, last} {
+		p.reads("bob", secretMessage)
 		p.sees(secretAnswer)
 	}
 }
@@ -262,11 +218,7 @@ func TestServersInTrouble(t *testing.T) {
 	d.newPhone().signUp("bob")
 	alice.writes("bob", secretMessage)
 	alice.goes("backup/password")
-	on := func() {
-		alice.types("New backup password", firstPassword)
-		alice.types("The same password again", firstPassword)
-		alice.press("Turn on")
-	}
+	on := func() { alice.sets(firstPassword, "Turn on") }
 	on()
 	alice.says("could not be loaded")
 	d.front.set(nil)
@@ -293,15 +245,10 @@ func TestServersInTrouble(t *testing.T) {
 	alice.says("End-to-end encrypted backup is on")
 
 	// In the middle of it the back end ends, and comes back.
-	next := d.newPhone()
-	next.signIn("alice")
-	next.at("restore")
-	next.press("Enter your backup password")
-	next.at("restore/password")
-	next.until("the attempts", `document.getElementById("attempts").innerText.includes("10 tries left")`)
+	next := d.toRestore("alice")
+	next.has("10 tries left")
 	d.chatapp.kill()
-	next.types("Backup password", firstPassword)
-	next.press("Restore")
+	next.tries(firstPassword)
 	next.says("Nothing is lost")
 	d.restartChatapp()
 	next.press("Try again")
@@ -356,22 +303,16 @@ func TestDestroyed(t *testing.T) {
 	alice := d.newPhone()
 	alice.signUp("alice")
 	alice.turnsOn(firstPassword)
-	next := d.newPhone()
-	next.signIn("alice")
-	next.at("restore")
-	next.press("Enter your backup password")
-	next.at("restore/password")
+	next := d.toRestore("alice")
 	for range 9 {
-		next.types("Backup password", wrongPassword)
-		next.press("Restore")
+		next.tries(wrongPassword)
 		next.says("That password is wrong")
 		next.until("the dialog is gone", `!document.getElementById("busy").open`)
 	}
 	next.until("the last try", `document.getElementById("attempts").innerText.includes("This is your last try")`)
 	next.look("restore-password-last")
 	d.back.sent()
-	next.types("Backup password", wrongPassword)
-	next.press("Restore")
+	next.tries(wrongPassword)
 	next.says("Tick the box")
 	if sent := d.back.sent(); len(sent) > 0 {
 		t.Errorf("before the last try was confirmed, the vault was sent %q", sent)
@@ -387,17 +328,13 @@ func TestDestroyed(t *testing.T) {
 	alice.look("backup-destroyed")
 	alice.press("Set a password again")
 	alice.at("backup/change")
-	alice.types("New backup password", secondPassword)
-	alice.types("The same password again", secondPassword)
-	alice.press("Change password")
+	alice.sets(secondPassword, "Change password")
 	alice.at("backup")
 	alice.says("Your password opens the backup again.")
 
 	next.press("I still have my old phone")
 	next.at("restore/password")
-	next.types("Backup password", secondPassword)
-	next.press("Restore")
-	next.at("restore/done")
+	next.restores(secondPassword)
 }
 
 // Somebody who has lost everything starts over. The old phone, if it was not lost after all, brings
@@ -405,10 +342,7 @@ func TestDestroyed(t *testing.T) {
 func TestStartOver(t *testing.T) {
 	t.Parallel()
 	d := deploy(t, "--delays=none")
-	alice := d.newPhone()
-	alice.signUp("alice")
-	d.newPhone().signUp("bob")
-	alice.writes("bob", secretMessage)
+	alice := d.alice()
 	alice.turnsOn(firstPassword)
 	thief := d.newPhone()
 	thief.signIn("alice")
@@ -419,9 +353,7 @@ func TestStartOver(t *testing.T) {
 	thief.press("Start over with a new backup")
 	thief.at("restore/start-over")
 	thief.look("start-over")
-	thief.types("New backup password", secondPassword)
-	thief.types("The same password again", secondPassword)
-	thief.press("Delete the old backup and start over")
+	thief.sets(secondPassword, "Delete the old backup and start over")
 	thief.at("backup")
 	thief.says("End-to-end encrypted backup is on")
 
@@ -431,15 +363,7 @@ func TestStartOver(t *testing.T) {
 	alice.look("backup-replaced")
 	alice.press("Bring my backup back")
 	alice.says("Your backup is back.")
-	next := d.newPhone()
-	next.signIn("alice")
-	next.at("restore")
-	next.press("Enter your backup password")
-	next.at("restore/password")
-	next.types("Backup password", firstPassword)
-	next.press("Restore")
-	next.at("restore/done")
-	next.goes("chats")
-	next.press("bob")
-	next.sees(secretMessage)
+	next := d.toRestore("alice")
+	next.restores(firstPassword)
+	next.reads("bob", secretMessage)
 }

@@ -13,10 +13,7 @@ import (
 func TestDigits(t *testing.T) {
 	t.Parallel()
 	d := deploy(t)
-	alice := d.newPhone()
-	alice.signUp("alice")
-	d.newPhone().signUp("bob")
-	alice.writes("bob", secretMessage)
+	alice := d.alice()
 	alice.goes("backup/encryption")
 	alice.press("Use a 64-digit key instead")
 	alice.at("backup/digits")
@@ -55,9 +52,7 @@ func TestDigits(t *testing.T) {
 	next.types("64 digits (0 to 9, a to f)", strings.ToUpper(strings.ReplaceAll(digits, "\n", "  ")))
 	next.press("Restore")
 	next.at("restore/done")
-	next.goes("chats")
-	next.press("bob")
-	next.sees(secretMessage)
+	next.reads("bob", secretMessage)
 	d.nothingLeaks(next.key())
 
 	// The digits can be looked up again.
@@ -129,9 +124,7 @@ func TestPasskeyBesideThePassword(t *testing.T) {
 	if n := d.capsules(); n > 0 {
 		t.Errorf("for the passkey the vault was asked %d times", n)
 	}
-	alice.goes("chats")
-	alice.press("bob")
-	alice.sees(secretMessage)
+	alice.reads("bob", secretMessage)
 	alice.goes("backup")
 	eventually(t, "the vault is asked for the status", func() bool { return d.capsules() > 0 })
 	alice.press("Back up now")
@@ -149,9 +142,7 @@ func TestPasskeyBesideThePassword(t *testing.T) {
 	next.says("The passkey was not used")
 	next.press("Enter your backup password")
 	next.at("restore/password")
-	next.types("Backup password", firstPassword)
-	next.press("Restore")
-	next.at("restore/done")
+	next.restores(firstPassword)
 
 	// With a new key the passkey, which wraps the old one, is dropped.
 	next.goes("backup/change")
@@ -172,9 +163,7 @@ func TestPasskeyBesideThePassword(t *testing.T) {
 	}
 	last.press("Enter your backup password")
 	last.at("restore/password")
-	last.types("Backup password", secondPassword)
-	last.press("Restore")
-	last.at("restore/done")
+	last.restores(secondPassword)
 }
 
 // A passkey instead of the password: the vault has nothing.
@@ -198,25 +187,15 @@ func TestPasskeyAlone(t *testing.T) {
 	alice.at("restore")
 	alice.press("Use your passkey")
 	alice.at("restore/done")
-	alice.goes("chats")
-	alice.press("bob")
-	alice.sees(secretMessage)
+	alice.reads("bob", secretMessage)
 	// A password can be added.
 	alice.goes("backup/encryption")
 	alice.press("Add a password")
 	alice.at("backup/password")
-	alice.types("New backup password", firstPassword)
-	alice.types("The same password again", firstPassword)
-	alice.press("Turn on")
+	alice.sets(firstPassword, "Turn on")
 	alice.at("backup")
-	next := d.newPhone()
-	next.signIn("alice")
-	next.at("restore")
-	next.press("Enter your backup password")
-	next.at("restore/password")
-	next.types("Backup password", firstPassword)
-	next.press("Restore")
-	next.at("restore/done")
+	next := d.toRestore("alice")
+	next.restores(firstPassword)
 }
 
 // A passkey without PRF, and a browser without passkeys or WebAssembly: in words, with a way on.
