@@ -321,6 +321,13 @@ func TestStartOverInterrupted(t *testing.T) {
 	other.sets(firstPassword, "Delete the old backup and start over")
 	other.says("Somebody started over already, so it cannot be done once more for 7 days.")
 	other.look("started-over-already")
+	if noted := other.text(`(async () => {
+		const { user } = await (await fetch("/api/me")).json();
+		const { Device } = await import("/js/device.js");
+		return String((await (await Device.open(user)).keptKey("pending"))?.facts.what);
+	})()`); noted != "undefined" {
+		t.Errorf("what was refused is noted as begun: %s", noted)
+	}
 	other.press("Enter the password")
 	other.at("restore/password")
 	other.restores(wrongPassword)
@@ -355,6 +362,60 @@ func TestStartOverInterrupted(t *testing.T) {
 	erin.at("backup")
 	erin.says("Backup saved.")
 	d.toRestore("erin").restores(secondPassword)
+}
+
+// The network is lost while the old phone brings its backup back.
+func TestReinstatementInterrupted(t *testing.T) {
+	t.Parallel()
+	d := deploy(t, "--delays=none")
+	alice := d.alice()
+	alice.turnsOn(firstPassword)
+	const reinstatement = 3 // after the status twice
+	replaced := func() {
+		t.Helper()
+		thief := d.newPhone()
+		thief.signIn("alice")
+		thief.at("restore")
+		thief.goes("restore/start-over")
+		thief.sets(secondPassword, "Delete the old backup and start over")
+		thief.at("backup")
+		alice.goes("chats")
+		alice.goes("backup")
+		alice.says("Somebody set up a new backup for your account")
+	}
+	back := func() {
+		t.Helper()
+		alice.says("Your backup is back.")
+		next := d.toRestore("alice")
+		next.restores(firstPassword)
+		next.reads("bob", secretMessage)
+	}
+	for _, how := range bothWays {
+		replaced()
+		d.back.set(breakAtCapsule(reinstatement, how))
+		alice.press("Bring my backup back")
+		alice.says("Nothing is lost")
+		d.back.set(nil)
+		alice.press("Try again")
+		back()
+	}
+
+	replaced()
+	d.back.set(breakAtCapsule(reinstatement, loseRequest))
+	alice.press("Bring my backup back")
+	alice.says("Nothing is lost")
+	d.back.set(nil)
+	alice.reload()
+	alice.says("Somebody set up a new backup for your account")
+	d.front.set(breakStoring(loseRequest))
+	alice.press("Bring my backup back")
+	alice.says("Nothing is lost")
+	alice.press("Cancel")
+	d.front.set(nil)
+	alice.says("Your password opens it again, but your messages are not yet backed up.")
+	alice.look("reinstatement-interrupted")
+	alice.press("Back up now")
+	back()
 }
 
 // The network is lost while a passkey is added: beside the password, and alone.

@@ -5,6 +5,7 @@ import { duration, Explained } from "./words.js";
 
 const same = (a, b) => a?.length === b?.length && a.every((v, i) => v === b[i]);
 const activeOf = (status) => status.generations.find((g) => g.state === "active");
+const didNotHappen = ["conflict", "forbidden", "already-enrolled", "started-over"];
 const messageBytes = (messages) => new TextEncoder().encode(JSON.stringify({ version: 1, messages }));
 
 export class Backup {
@@ -16,7 +17,7 @@ export class Backup {
   kept; // {bytes, facts} of this device's backup key, or undefined
   /**
    * What was begun and whose end this device does not know, or undefined: {what, before}. what is "change", "new-key",
-   * "start-over" or "off"; before is the generation that was active. saving: the vault has done its part,
+   * "start-over", "reinstate" or "off"; before is the generation that was active. saving: the vault has done its part,
    * and what is missing is the backup under the new key.
    */
   begun;
@@ -60,17 +61,26 @@ export class Backup {
     this.#loading = this.#vault = undefined;
   }
 
-  /** An operation on the vault, with the key that this device keeps if there is one. */
-  async #with(job, operation) {
-    const result = await job.insist(async (signal) => {
-      try {
-        const open = await this.#open(signal);
-        return await operation({ ...open, signal });
-      } catch (error) {
-        if (error.code === "stopped") this.#forgetSDK(); // the next try loads it anew
-        throw error;
-      }
-    });
+  /**
+   * An operation on the vault. If it was noted, these refusals say that it did not happen, and
+   * it is forgotten.
+   */
+  async #with(job, operation, refusals = []) {
+    let result;
+    try {
+      result = await job.insist(async (signal) => {
+        try {
+          const open = await this.#open(signal);
+          return await operation({ ...open, signal });
+        } catch (error) {
+          if (error.code === "stopped") this.#forgetSDK(); // the next try loads it anew
+          throw error;
+        }
+      });
+    } catch (error) {
+      if (refusals.includes(error.code)) await this.leaveIt();
+      throw error;
+    }
     if (this.#vault) await this.#device.set("serial", await this.#vault.serial());
     return result;
   }
@@ -156,7 +166,7 @@ export class Backup {
       const key = begun ? this.#key(open, begun) : await open.sdk.newKey();
       if (!begun) await this.#begin(open, key, "start-over");
       return replace(open.vault, password, key, open.signal);
-    });
+    }, didNotHappen);
     await this.#keep(made.key, { mode: "password", generation: made.generation });
     await this.backUp(job, { mode: "password" });
   }
@@ -284,10 +294,9 @@ export class Backup {
         return await open.vault.changePasswordAndKey(key, password, next, { signal: open.signal });
       } catch (error) {
         if (begun && error.code === "forbidden") return open.vault.changePassword(next, password, { signal: open.signal });
-        if (["conflict", "forbidden"].includes(error.code)) await this.leaveIt(); // it did not happen
         throw error;
       }
-    });
+    }, begun ? ["forbidden"] : didNotHappen);
     await this.#keep(made.key, { mode: "password", generation: made.generation });
     if (this.begun?.saving) await this.backUp(job);
   }
@@ -316,15 +325,25 @@ export class Backup {
     const made = await this.#with(job, async (open) => {
       await this.#begin(open, this.#key(open), "change");
       return open.vault.enrolKey(password, this.#key(open), { signal: open.signal });
-    });
+    }, didNotHappen);
     await this.#keep(made.key, { mode: "password", generation: made.generation });
     await this.backUp(job);
   }
 
   /** Brings this device's key back, where somebody without it set up another one. */
   async reinstate(job) {
-    await this.#with(job, (open) => open.vault.reinstate(this.#key(open), { signal: open.signal }));
+    await this.#with(job, async (open) => {
+      await this.#begin(open, this.#key(open), "reinstate");
+      try {
+        await open.vault.reinstate(this.#key(open), { signal: open.signal });
+      } catch (error) {
+        // Done already, by an earlier try?
+        const back = error.code === "conflict" && activeOf(await statusOf(open.vault, open.signal))?.id === this.kept.facts.generation;
+        if (!back) throw error;
+      }
+    }, didNotHappen);
     await this.backUp(job, { replace: true });
+    await this.leaveIt();
   }
 
   async turnOff(job) {

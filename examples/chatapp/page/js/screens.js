@@ -124,7 +124,7 @@ export function backupScreens(state, { go, changed }) {
     const mine = status.generations.find((g) => g.id === generation);
     if (mine?.state === "frozen") {
       warn(`Somebody set up a new backup for your account, or turned yours off, without this phone’s key. If that was not you, bring yours back within ${timeLeft(mine.expiresSeconds ?? 0)}.`,
-        ["Bring my backup back", () => run("Bringing your backup back…", (job) => b().reinstate(job), { then: async () => { await showBackup(); notice("Your backup is back."); } })]);
+        ["Bring my backup back", reinstate]);
     } else if (!active) {
       warn(`Your password no longer opens the backup: ${guessedAway(status) ? "after too many wrong tries its key was destroyed in the vault" : "it was turned off in the vault"}. This phone still has the key, so nothing is lost.`,
         ["Set a password again", () => go("backup/change")]);
@@ -136,13 +136,20 @@ export function backupScreens(state, { go, changed }) {
     }
   }
 
-  const begunWords = { change: "Changing your password", "new-key": "Changing your password and key", "start-over": "Starting over", off: "Turning off" };
+  const begunWords = { change: "Changing your password", "new-key": "Changing your password and key", "start-over": "Starting over", reinstate: "Bringing your backup back", off: "Turning off" };
   const saved = async () => {
     await showBackup();
     notice("Backup saved.");
   };
   const backUp = () => run("Backing up…", (job) => b().backUp(job), { then: saved });
   $("back-up").addEventListener("click", backUp);
+  const reinstate = () => run("Bringing your backup back…", (job) => b().reinstate(job), {
+    then: async () => {
+      await showBackup();
+      notice("Your backup is back.");
+    },
+    cancelled: showBegun,
+  });
 
   /**
    * Says how far it got, what was begun and interrupted on this device, and what can be done. Returns whether that is all there
@@ -169,6 +176,11 @@ export function backupScreens(state, { go, changed }) {
     }
     if (saving) {
       warn(`${begunWords[what]} was interrupted at its end. Your new password is set, but your messages are not yet backed up under it.`, ["Back up now", backUp]);
+      return true;
+    }
+    if (what === "reinstate") {
+      if (active?.id !== generation) return false; // it is as it was
+      warn(`${begunWords[what]} was interrupted at its end. Your password opens it again, but your messages are not yet backed up.`, ["Back up now", reinstate]);
       return true;
     }
     if (!active || status.generations.some((g) => g.state === "frozen" && [before, generation].includes(g.id))) return false;
