@@ -175,11 +175,13 @@ export function backupScreens(state, { go, changed }) {
       return true;
     }
     if (saving) {
+      $("back-up").hidden = true; // there is one in the words
       warn(`${begunWords[what]} was interrupted at its end. Your new password is set, but your messages are not yet backed up under it.`, ["Back up now", backUp]);
       return true;
     }
     if (what === "reinstate") {
       if (active?.id !== generation) return false; // it is as it was
+      $("back-up").hidden = true;
       warn(`${begunWords[what]} was interrupted at its end. Your password opens it again, but your messages are not yet backed up.`, ["Back up now", reinstate]);
       return true;
     }
