@@ -32,7 +32,7 @@ func needs(t testing.TB, programs ...string) {
 // others builds the programs of the module in others, once, and returns where they are.
 var others = sync.OnceValues(func() (string, error) {
 	dir := filepath.Join(bin, "others")
-	build := exec.Command("go", "build", "-o", dir+"/", "filippo.io/age/cmd/age", "github.com/johannesboyne/gofakes3/cmd/gofakes3")
+	build := exec.Command("go", "build", "-o", dir+"/", "filippo.io/age/cmd/age", "github.com/johannesboyne/gofakes3/cmd/gofakes3", "./gcs")
 	build.Dir = "others"
 	if out, err := build.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("building what is in others: %w\n%s", err, out)
@@ -53,38 +53,46 @@ func TestBkvWithOthers(t *testing.T) {
 	})
 }
 
-// startS3 starts an S3 server with a bucket called "bucket", and returns its address. Its files
-// are below dir.
-func startS3(t testing.TB, dir string) string {
+// startBucket starts a cloud's server of those in others, and returns what of its output says is the address.
+func startBucket(t testing.TB, address *regexp.Regexp, name string, args ...string) string {
 	t.Helper()
 	programs, err := others()
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(filepath.Join(programs, "gofakes3"), "-host=127.0.0.1:0", "-backend=fs", "-fs.create",
-		"-fs.path="+filepath.Join(dir, "s3"), "-initialbucket=bucket")
+	cmd := exec.Command(filepath.Join(programs, name), args...)
 	cmd.Env = bareEnv
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	log, err := cmd.StderrPipe()
+	out, in, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := cmd.Start(); err != nil {
+	cmd.Stdout, cmd.Stderr = in, in
+	err = cmd.Start()
+	_ = in.Close() // the server has its own
+	if err != nil {
 		t.Fatal(err)
 	}
+	read := make(chan struct{})
 	t.Cleanup(func() {
 		_ = cmd.Process.Kill() // it has no other way to end
 		_ = cmd.Wait()
+		<-read
+		_ = out.Close()
 	})
-	lines := bufio.NewReader(log)
+	lines := bufio.NewReader(out)
 	for {
 		line, err := lines.ReadString('\n')
 		if err != nil {
-			t.Fatalf("the S3 server does not start: %v", err)
+			close(read)
+			t.Fatalf("%s does not start: %v", name, err)
 		}
-		if port := regexp.MustCompile("using port: ([0-9]+)").FindStringSubmatch(line); port != nil {
-			go func() { _, _ = io.Copy(io.Discard, lines) }()
-			return "http://127.0.0.1:" + port[1]
+		if found := address.FindStringSubmatch(line); found != nil {
+			go func() {
+				defer close(read)
+				_, _ = io.Copy(io.Discard, lines)
+			}()
+			return found[1]
 		}
 	}
 }
@@ -93,9 +101,26 @@ func startS3(t testing.TB, dir string) string {
 func TestBkvOnS3(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	server := startS3(t, dir)
+	port := startBucket(t, regexp.MustCompile("using port: ([0-9]+)"), "gofakes3", "-host=127.0.0.1:0", "-backend=fs", "-fs.create",
+		"-fs.path="+filepath.Join(dir, "s3"), "-initialbucket=bucket")
 	env := append(offline(dir), "AWS_ACCESS_KEY_ID=user", "AWS_SECRET_ACCESS_KEY=secret-Narwhal", "AWS_EC2_METADATA_DISABLED=true")
-	where := "s3://bucket?endpoint=" + server + "&use_path_style=true&region=us-east-1&prefix=phone/"
+	lifeInABucket(t, dir, env, "s3://bucket?endpoint=http://127.0.0.1:"+port+"&use_path_style=true&region=us-east-1&prefix=phone/", dir+"/s3/buckets/bucket/phone")
+}
+
+// And in Google Cloud Storage, over HTTP.
+func TestBkvOnGoogleCloudStorage(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.MkdirAll(dir+"/gcs/bucket", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	server := startBucket(t, regexp.MustCompile("(127.0.0.1:.*)\n"), "gcs", dir+"/gcs")
+	lifeInABucket(t, dir, append(offline(dir), "STORAGE_EMULATOR_HOST="+server), "gs://bucket?prefix=phone/", dir+"/gcs/bucket/phone")
+}
+
+// lifeInABucket is a backup's life at a URL of a bucket called "bucket", whose server keeps its objects as files
+// in a folder.
+func lifeInABucket(t *testing.T, dir string, env []string, where, folder string) {
 	mustRun(t, env, "bkv", "setup", "--mode=digits", "--yes")
 	if err := os.Mkdir(dir+"/tree", 0o755); err != nil {
 		t.Fatal(err)
@@ -119,7 +144,7 @@ func TestBkvOnS3(t *testing.T) {
 	if len(listed) != 2 {
 		t.Fatalf("listed: %q", listed)
 	}
-	objects, err := filepath.Glob(dir + "/s3/buckets/bucket/phone/*")
+	objects, err := filepath.Glob(folder + "/*")
 	if err != nil || len(objects) != 3 {
 		t.Fatalf("at the server: %q, %v", objects, err)
 	}
@@ -133,11 +158,11 @@ func TestBkvOnS3(t *testing.T) {
 		t.Errorf("%q, %v", got, err)
 	}
 	mustRun(t, env, "bkv", "backup", dir+"/tree", where)
-	if objects, err = filepath.Glob(dir + "/s3/buckets/bucket/phone/*.age"); err != nil || len(objects) != 1 {
+	if objects, err = filepath.Glob(folder + "/*.age"); err != nil || len(objects) != 1 {
 		t.Fatalf("at the server: %q, %v", objects, err)
 	}
 	status := mustRun(t, env, "bkv", "status")
-	if !strings.Contains(status, "in s3://bucket?prefix=phone/") || strings.Contains(status, "127.0.0.1") {
+	if !regexp.MustCompile(`in [a-z0-9]+://bucket\?prefix=phone/\n`).MatchString(status) || strings.Contains(status, "127.0.0.1") {
 		t.Errorf("status: %s", status)
 	}
 
