@@ -86,7 +86,7 @@ func (c *Client) ChangePasswordAndKey(ctx context.Context, key backup.Key, newPa
 // Errors: those of Recover, then those of ChangePassword. After *PendingRecovery, go on
 // with what it recovers and ChangePassword.
 func (c *Client) ChangePasswordWithOld(ctx context.Context, oldPassword, newPassword string) (Enrolled, error) {
-	if _, err := normalise(newPassword); err != nil { // before an attempt is made
+	if err := CheckPassword(newPassword); err != nil { // before an attempt is made
 		return Enrolled{}, err
 	}
 	recovered, err := c.Recover(ctx, oldPassword)

@@ -12,6 +12,15 @@ import (
 // MaxPasswordBytes bounds a password, in UTF-8 and after normalisation.
 const MaxPasswordBytes = 1024
 
+// CheckPassword reports whether a password can be used, before anything is asked of its user or
+// the vault.
+//
+// Errors: ErrInvalidPassword.
+func CheckPassword(password string) error {
+	_, err := normalise(password)
+	return err
+}
+
 // normalise makes one byte string of all the ways in which keyboards spell the same
 // password, as OpaqueString of RFC 8265 §4.2 does: every space that is not ASCII
 // becomes U+0020, then Unicode normalisation form C. Case and width stay, and

@@ -489,6 +489,9 @@ func TestPasswords(t *testing.T) {
 		"\u2003":                  " ",
 		strings.Repeat("x", 1024): strings.Repeat("x", 1024),
 	} {
+		if err := client.CheckPassword(in); err != nil {
+			t.Errorf("%q: %v", in, err)
+		}
 		if got, err := client.Normalise(in); err != nil || string(got) != want {
 			t.Errorf("%q: got %q, %v", in, got, err)
 		}
@@ -500,6 +503,9 @@ func TestPasswords(t *testing.T) {
 		"invalid UTF-8":       "a\xff",
 		"a surrogate":         "\xed\xa0\x80",
 	} {
+		if err := client.CheckPassword(in); !errors.Is(err, client.ErrInvalidPassword) {
+			t.Errorf("%q: %v", in, err)
+		}
 		if _, err := client.Normalise(in); !errors.Is(err, client.ErrInvalidPassword) || strings.Contains(err.Error(), in) && in != "" {
 			t.Errorf("%s: %v", name, err)
 		}

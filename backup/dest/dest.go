@@ -27,6 +27,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"gocloud.dev/blob"
 )
 
 // ErrNotFound: there is nothing of this name.
@@ -68,6 +70,9 @@ func Open(ctx context.Context, url string, create bool) (Destination, error) {
 	case url == "":
 		return nil, errors.New("destination: it is empty")
 	case !isURL:
+		if scheme, _, found := strings.Cut(url, ":"); found && blob.DefaultURLMux().ValidBucketScheme(scheme) {
+			return nil, fmt.Errorf("destination %s: a URL has two slashes after the colon; a folder of that name is ./%s", url, url)
+		}
 		return openFolder(url, create)
 	case scheme == "file":
 		p, ok := strings.CutPrefix(rest, "localhost/")

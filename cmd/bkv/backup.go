@@ -100,12 +100,13 @@ func (r *backingUp) run(paths []string, keys []backup.Key) error {
 		// It may have been written all the same, so both the new archive and the old ones stay.
 		return err
 	}
-	if err := r.remember(finished); err != nil {
-		return err
-	}
+	noteErr := r.noteBackup(finished)
 	r.say("Backed up: %s, %s in %s (%s encrypted), as %s.", count(int(finished.Files), "file", "files"), size(finished.Bytes), r.where, size(finished.Size), finished.Name)
 	if finished.Incomplete > 0 {
-		return fmt.Errorf("the backup is there, but without what could not be read (%s, named above); older copies were kept", count(int(finished.Incomplete), "file or folder", "files or folders"))
+		return errors.Join(noteErr, fmt.Errorf("the backup is there, but without what could not be read (%s, named above); older copies were kept", count(int(finished.Incomplete), "file or folder", "files or folders")))
+	}
+	if noteErr != nil {
+		return noteErr
 	}
 	return r.deleteOld(finished)
 }
@@ -133,7 +134,7 @@ func (r *backingUp) begin(keys []backup.Key) error {
 		return err
 	}
 	if last, ok := r.device.Backups[r.where.String()]; ok && m.Serial > 0 && m.Serial < last.Serial {
-		return fmt.Errorf("%s: the list of backups there is older than the one that this device wrote (%d after %d): somebody put old files back", r.where, m.Serial, last.Serial)
+		return fmt.Errorf("%s: the list of backups there is older than the one that this device knows (%d after %d): somebody put old files back; back up to another place, or take what is there for good with 'bkv restore --accept-older'", r.where, m.Serial, last.Serial)
 	}
 	r.manifest = m
 	if err := r.insistOnNewest(); err != nil {
@@ -370,14 +371,13 @@ func (r *backingUp) deleteOld(newest dest.Archive) error {
 			return fmt.Errorf("the backup is whole, but what it replaces is still there: %w", err)
 		}
 	}
-	return r.remember(newest)
+	return r.noteBackup(newest)
 }
 
-// remember notes the backup on this device.
-func (r *backingUp) remember(a dest.Archive) error {
-	if r.device.Backups == nil {
-		r.device.Backups = map[string]saved{}
+// noteBackup keeps on this device that there is this backup.
+func (r *backingUp) noteBackup(a dest.Archive) error {
+	if err := r.device.noteBackup(r.where, a, r.manifest.Serial); err != nil {
+		return fmt.Errorf("the backup is whole, but this device could not note it: %w", err)
 	}
-	r.device.Backups[r.where.String()] = saved{Archive: a.Name, Created: a.Created, Files: a.Files, Bytes: a.Bytes, Serial: r.manifest.Serial}
-	return r.device.save()
+	return nil
 }

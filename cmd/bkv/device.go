@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/backup-key-vault/bkv/backup"
+	"github.com/backup-key-vault/bkv/backup/dest"
 )
 
 // Modes of keeping the key.
@@ -43,7 +44,7 @@ type vaultSettings struct {
 	TokenCommand string `json:"token_command,omitempty"`
 }
 
-// saved is the last backup to a destination.
+// saved is the last backup at a destination that this device knows of.
 type saved struct {
 	Archive string    `json:"archive"`
 	Created time.Time `json:"created"`
@@ -72,7 +73,7 @@ func openDevice(dir string) (*device, error) {
 		return nil, err
 	}
 	if err := json.Unmarshal(raw, d); err != nil {
-		return nil, fmt.Errorf("%s cannot be read: %w", filepath.Join(dir, settingsFile), err)
+		return nil, fmt.Errorf("%s cannot be read: %w; put it back from a copy, or delete it and run 'bkv setup --recover'", filepath.Join(dir, settingsFile), err)
 	}
 	return d, nil
 }
@@ -120,6 +121,16 @@ func syncFolder(dir string) error {
 
 // errNotSetUp: this device has no key.
 var errNotSetUp = errors.New("the backup is not set up on this device: run 'bkv setup', or 'bkv setup --recover' if it was set up on another one")
+
+// noteBackup keeps which backup is the last at a destination, for status, and the serial of the list there,
+// so that an older list is not believed.
+func (d *device) noteBackup(where dest.Destination, a dest.Archive, serial uint64) error {
+	if d.Backups == nil {
+		d.Backups = map[string]saved{}
+	}
+	d.Backups[where.String()] = saved{Archive: a.Name, Created: a.Created, Files: a.Files, Bytes: a.Bytes, Serial: serial}
+	return d.save()
+}
 
 // keys are the device's backup keys: first the one in use, then those that it replaced,
 // which still open older backups.

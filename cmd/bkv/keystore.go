@@ -111,19 +111,17 @@ func (d *device) loadKeys() ([]backup.Key, error) {
 	default:
 		return nil, fmt.Errorf("%s says that the key is in %q, which this version does not know", filepath.Join(d.dir, settingsFile), d.KeyStore)
 	}
-	if err != nil {
-		return nil, fmt.Errorf("reading the key from %s: %w", where, err)
-	}
 	var keys []backup.Key
 	for line := range strings.Lines(lines) {
-		k, err := backup.ParseDigits(line)
-		if err != nil {
-			return nil, fmt.Errorf("reading the key from %s: %w", where, err)
-		}
+		k, parseErr := backup.ParseDigits(line)
+		err = errors.Join(err, parseErr)
 		keys = append(keys, k)
 	}
-	if len(keys) == 0 {
-		return nil, fmt.Errorf("reading the key from %s: it is empty", where)
+	if err == nil && len(keys) == 0 {
+		err = errors.New("it is empty")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading the key from %s: %w; if it is lost, 'bkv off --this-device' and then 'bkv setup --recover' bring it back", where, err)
 	}
 	return keys, nil
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/signal"
 	"syscall"
@@ -31,7 +32,23 @@ func main() {
 		os.Exit(exitInterrupted)
 	}
 	fmt.Fprintln(os.Stderr, "bkv:", err)
+	if next := advice(err); next != "" {
+		fmt.Fprintln(os.Stderr, next)
+	}
 	os.Exit(1)
+}
+
+// advice is what to do about an error that is the system's.
+func advice(err error) string {
+	switch {
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return "Make room there, or choose another place, and run it again."
+	case errors.Is(err, syscall.EROFS):
+		return "Nothing can be written there: choose another place, or mount the disk for writing."
+	case errors.Is(err, fs.ErrPermission):
+		return "You may not do that there: choose another place, or change the permissions."
+	}
+	return ""
 }
 
 const description = "bkv keeps an end-to-end encrypted backup. Nobody can read it but whoever has the password or the 64-digit key. " +
@@ -42,13 +59,13 @@ type command struct {
 	ConfigDir string `env:"BKV_CONFIG_DIR" placeholder:"FOLDER" help:"Where bkv keeps its settings on this device. Default: bkv in your configuration folder."`
 	Quiet     bool   `short:"q" help:"Say nothing but what was asked for, warnings and errors, as without a terminal."`
 
-	Setup    setupCommand    `cmd:"" help:"Turn the backup on, with a password or a 64-digit key; on a new device, with --recover, take it up again."`
-	Backup   backupCommand   `cmd:"" help:"Back up files and folders."`
-	Restore  restoreCommand  `cmd:"" help:"Bring a backup back, also on a new device."`
-	Status   statusCommand   `cmd:"" help:"Show how the key is kept, the attempts that are left, and the last backup."`
-	Password passwordCommand `cmd:"" help:"Change the password, or set one in place of the 64 digits."`
+	Setup    setupCommand    `cmd:"" help:"Turn the backup on, with a password or a 64-digit key; on a new device, with --recover, take it up again. Passwords that everybody would try are refused, and the digits count only when you have typed two groups back."`
+	Backup   backupCommand   `cmd:"" help:"Back up files and folders: write an archive, read it back, and then delete older ones."`
+	Restore  restoreCommand  `cmd:"" help:"Bring a backup back, also on a new device. It is restored beside and renamed at the end: what you see is whole."`
+	Status   statusCommand   `cmd:"" help:"Show how the key is kept, the attempts that are left, and the last backup at each place that this device knows."`
+	Password passwordCommand `cmd:"" help:"Change the password, or set one in place of the 64 digits. A device that has the key needs no old password."`
 	Key      keyCommand      `cmd:"" help:"Show the 64 digits, or what other programs need: age, restic, rclone."`
-	Verify   verifyCommand   `cmd:"" help:"Practise the password: recover the key from the vault as a new device would."`
+	Verify   verifyCommand   `cmd:"" help:"Practise the password: recover the key from the vault as a new device would. It is a real attempt: a wrong password costs one."`
 	Off      offCommand      `cmd:"" help:"Turn the backup off: destroy the vault's copy of the key, and this device's."`
 }
 

@@ -7,7 +7,7 @@ import (
 )
 
 type offCommand struct {
-	vaultFlags
+	vaultFlags   `group:"The vault, as setup saved it or an app gives it:"`
 	KeepKey      bool `xor:"what" help:"Destroy only the vault's copy and go on with the 64 digits, which are shown."`
 	ThisDevice   bool `xor:"what" help:"Only make this device forget the key; the vault keeps its copy."`
 	WithoutProof bool `xor:"what" help:"On a device without the key: freeze the vault's copy. It is destroyed when its time is over (by default seven days), unless its owner brings it back."`
@@ -19,7 +19,7 @@ func (c *offCommand) Run(e *environment) error {
 		return c.freeze(e)
 	}
 	key, err := e.device.key()
-	if err != nil {
+	if err != nil && (!c.ThisDevice || errors.Is(err, errNotSetUp)) { // what cannot be read can still be forgotten
 		return err
 	}
 	if c.KeepKey {

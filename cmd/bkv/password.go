@@ -10,8 +10,8 @@ import (
 )
 
 type passwordCommand struct {
-	vaultFlags
-	passwordFlags
+	vaultFlags      `group:"The vault, as setup saved it or an app gives it:"`
+	passwordFlags   `group:"The password:"`
 	NewPasswordFile string `placeholder:"FILE" help:"File with the new password, for use without a terminal."`
 	NewKey          bool   `help:"Take a new key too: for when somebody may have read the old one. What is backed up already stays readable to him; back up again at once."`
 	Reinstate       bool   `help:"Bring back this device's key, which somebody replaced or turned off without it. The password stays as it was."`
@@ -24,7 +24,10 @@ func (c *passwordCommand) Run(e *environment) error {
 		return err
 	}
 	keys, err := e.device.keys()
-	if c.Reinstate && err == nil {
+	if c.Reinstate {
+		if err != nil {
+			return err
+		}
 		if err := vault.Reinstate(e.ctx, keys[0]); err != nil {
 			return err
 		}
@@ -32,26 +35,27 @@ func (c *passwordCommand) Run(e *environment) error {
 		return nil
 	}
 	var password string
-	if c.NewPasswordFile != "" && !c.Reinstate { // before an attempt is made with the old one
+	if c.NewPasswordFile != "" { // before an attempt is made with the old one
 		var err error
 		if password, err = e.newPassword(c.NewPasswordFile); err != nil {
 			return err
 		}
 	}
-	if errors.Is(err, errNotSetUp) && !c.Reinstate {
+	if errors.Is(err, errNotSetUp) {
 		e.say("This device does not have the key, so the old password is needed.")
-		recovered, err := e.recoverKey(vault, c.passwordFlags)
-		if err != nil {
-			return err
+		recovered, recoverErr := e.recoverKey(vault, c.passwordFlags)
+		if recoverErr != nil {
+			return recoverErr
 		}
 		if err := e.remember(c.KeyStore, modePassword, recovered.Generation.String(), recovered.Key); err != nil {
 			return err
 		}
 		keys, err = e.device.keys()
-		if err != nil {
-			return err
-		}
-	} else if err != nil {
+	}
+	if err != nil {
+		return err
+	}
+	if err := e.notFrozen(vault); err != nil {
 		return err
 	}
 	if password == "" {
@@ -60,6 +64,9 @@ func (c *passwordCommand) Run(e *environment) error {
 		}
 	}
 	enrolled, err := e.finishEnrolment(c.change(e, vault, keys[0], password))
+	if errors.Is(err, client.ErrForbidden) {
+		return fmt.Errorf("%w: %w", err, errOtherKey)
+	}
 	if err != nil {
 		return err
 	}
@@ -79,6 +86,23 @@ func (c *passwordCommand) Run(e *environment) error {
 		e.warn("There is a new key. Run 'bkv backup' now: the new password does not open what was backed up before.")
 	}
 	return nil
+}
+
+// notFrozen makes sure, before a new password is thought up, that the vault would take one for this
+// device's key.
+func (e *environment) notFrozen(vault *client.Client) error {
+	s, err := vault.Status(e.ctx)
+	if errors.Is(err, client.ErrNotEnrolled) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	g := generation(s, "frozen")
+	if g == nil || generation(s, "active") != nil && g.ID.String() != e.device.Generation {
+		return nil
+	}
+	return fmt.Errorf("this device's key was turned off or replaced without it, and the vault destroys it at %s: bring it back with 'bkv password --reinstate', and then change the password", shownEnd(g))
 }
 
 // change puts a key under the new password: proven by the old one where the vault has that, else anew.

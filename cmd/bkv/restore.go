@@ -16,18 +16,18 @@ import (
 )
 
 type restoreCommand struct {
-	vaultFlags
-	passwordFlags
-	Destination  string `arg:"" help:"Where the backup is: a folder, or a URL that begins with s3://, gs:// or azblob://."`
-	Path         string `arg:"" optional:"" help:"The folder to restore to. It must not exist, unless --overwrite is given."`
-	Archive      string `placeholder:"NAME" help:"An older backup than the last one; --list names them."`
-	List         bool   `help:"Show the backups that are there, and restore none."`
-	Overwrite    bool   `help:"Replace the folder if it exists, once the backup is restored beside it and found whole."`
-	OutsideLinks bool   `help:"Also restore symbolic links that point out of the folder."`
-	Digits       bool   `help:"Ask for the 64 digits: in place of the password, or for a backup that was made with another key than this device's."`
-	DigitsFile   string `placeholder:"FILE" help:"File with the 64 digits, for use without a terminal."`
-	AcceptOlder  bool   `help:"Restore even if the list of backups is older than what this device wrote."`
-	KeyStore     string `enum:"auto,keyring,file" default:"auto" help:"On a device without the key: where to keep it then, as in setup."`
+	vaultFlags    `group:"The vault, as setup saved it or an app gives it:"`
+	passwordFlags `group:"The password:"`
+	Destination   string `arg:"" help:"Where the backup is: a folder, or a URL that begins with s3://, gs:// or azblob://."`
+	Path          string `arg:"" optional:"" help:"The folder to restore to. It must not exist, unless --overwrite is given."`
+	Archive       string `placeholder:"NAME" help:"An older backup than the last one; --list names them."`
+	List          bool   `help:"Show the backups that are there, and restore none."`
+	Overwrite     bool   `help:"Replace the folder if it exists, once the backup is restored beside it and found whole."`
+	OutsideLinks  bool   `help:"Also restore symbolic links that point out of the folder."`
+	Digits        bool   `help:"Ask for the 64 digits: in place of the password, or for a backup that was made with another key than this device's."`
+	DigitsFile    string `placeholder:"FILE" help:"File with the 64 digits, for use without a terminal."`
+	AcceptOlder   bool   `help:"Restore even if the list of backups is older than the one that this device knows."`
+	KeyStore      string `enum:"auto,keyring,file" default:"auto" help:"On a device without the key: where to keep it then, as in setup."`
 }
 
 // partialSuffix marks what is not restored to its end.
@@ -39,7 +39,7 @@ func (c *restoreCommand) Validate() error {
 	case c.List && c.Path != "":
 		return errors.New("--list restores nothing: leave the folder out")
 	case !c.List && c.Path == "":
-		return errors.New("name the folder to restore to")
+		return errors.New("name where the backup is, and the folder to restore to; or give --list")
 	}
 	return nil
 }
@@ -60,18 +60,18 @@ func (c *restoreCommand) run(e *environment, where dest.Destination) error {
 	}
 	exists := false
 	if !c.List {
-		if exists, err = c.checkTarget(target); err != nil {
+		stay := []string{e.device.dir}
+		if filepath.IsAbs(where.String()) { // it is no bucket
+			stay = append(stay, where.String())
+		}
+		if exists, err = c.checkTarget(target, stay); err != nil {
 			return err
 		}
 	}
 	if err := hasManifest(e.ctx, where); err != nil {
 		return err
 	}
-	keys, err := c.keys(e)
-	if err != nil {
-		return err
-	}
-	manifest, err := findManifest(e.ctx, where, keys)
+	keys, manifest, ours, err := c.open(e, where)
 	if err != nil {
 		return err
 	}
@@ -106,22 +106,30 @@ func (c *restoreCommand) run(e *environment, where dest.Destination) error {
 	if err != nil {
 		return errors.Join(err, removeAll(stage))
 	}
+	var noteErr error
+	if ours {
+		live := manifest.Live() // entry is of them
+		if noteErr = e.device.noteBackup(where, live[len(live)-1], manifest.Serial); noteErr != nil {
+			noteErr = fmt.Errorf("all is restored, but this device could not note where the backup is: %w", noteErr)
+		}
+	}
 	e.say("Restored: %s, %s, the backup of %s, in %s.", count(int(summary.Files), "file", "files"), size(summary.Bytes), shownTime(entry.Created), target)
 	if entry.Incomplete > 0 {
 		e.warn("NOTE: %s could not be read when this backup was made.", count(int(entry.Incomplete), "file or folder", "files or folders"))
 	}
 	if summary.Lost > 0 {
-		return fmt.Errorf("all is restored but %s out of the folder, named above: to restore such links too, give --outside-links", count(int(summary.Lost), "link that points", "links that point"))
+		return errors.Join(noteErr, fmt.Errorf("all is restored but %s out of the folder, named above: to restore such links too, give --outside-links", count(int(summary.Lost), "link that points", "links that point")))
 	}
-	return nil
+	return noteErr
 }
 
-// checkTarget reports whether there is something to be replaced, and refuses if nobody asked for it.
-func (c *restoreCommand) checkTarget(target string) (exists bool, err error) {
+// checkTarget reports whether there is something to be replaced, and refuses if nobody asked for it, or
+// if what must stay would go with it.
+func (c *restoreCommand) checkTarget(target string, stay []string) (exists bool, err error) {
 	info, err := os.Lstat(target)
 	if errors.Is(err, fs.ErrNotExist) {
 		if _, err := os.Stat(filepath.Dir(target)); err != nil {
-			return false, fmt.Errorf("restoring to %s: %w", target, err)
+			return false, fmt.Errorf("restoring to %s: %w; make the folder above it first", target, err)
 		}
 		return false, nil
 	}
@@ -134,7 +142,33 @@ func (c *restoreCommand) checkTarget(target string) (exists bool, err error) {
 	if !c.Overwrite {
 		return false, fmt.Errorf("%s exists: name another folder, or give --overwrite to replace it", target)
 	}
+	for _, p := range stay {
+		if holds(info, p) {
+			return false, fmt.Errorf("%s cannot be replaced, as %s is in it: name another folder", target, p)
+		}
+	}
 	return true, nil
+}
+
+// holds reports whether p is a folder or below it; p need not exist.
+func holds(folder fs.FileInfo, p string) bool {
+	p, err := filepath.Abs(p)
+	if err != nil {
+		return false
+	}
+	for {
+		if real, err := filepath.EvalSymlinks(p); err == nil {
+			p = real
+		}
+		if info, err := os.Stat(p); err == nil && os.SameFile(folder, info) {
+			return true
+		}
+		up := filepath.Dir(p)
+		if up == p {
+			return false
+		}
+		p = up
+	}
 }
 
 // hasManifest makes sure that there is a backup, authentic or not.
@@ -149,24 +183,51 @@ func hasManifest(ctx context.Context, where dest.Destination) error {
 	return content.Close()
 }
 
-// keys are this device's keys or, on a new one, the key by password or digits, which it then keeps.
-func (c *restoreCommand) keys(e *environment) ([]backup.Key, error) {
-	keys, err := e.device.keys()
+// open gets the keys and, with them, the list of backups: with this device's keys or, on a new device, with
+// the key by password or digits, which that then keeps. Ours says that the backup is under this device's key.
+func (c *restoreCommand) open(e *environment, where dest.Destination) (keys []backup.Key, m *dest.Manifest, ours bool, err error) {
+	keys, err = e.device.keys()
+	isNew := errors.Is(err, errNotSetUp)
 	switch {
-	case err == nil && (c.Digits || c.DigitsFile != ""): // for this once
+	case err != nil && !isNew:
+		return nil, nil, false, err
+	case c.Digits || c.DigitsFile != "":
+		key, m, err := c.byDigits(e, where)
+		if err == nil && isNew {
+			err = e.remember(c.KeyStore, modeDigits, "", key)
+		}
+		return []backup.Key{key}, m, isNew, err
+	case isNew:
+		setup := setupCommand{vaultFlags: c.vaultFlags, passwordFlags: c.passwordFlags, Mode: modePassword, Recover: true, KeyStore: c.KeyStore}
+		if c.over(e.device.Vault) == (vaultSettings{}) {
+			return nil, nil, false, errors.New("this device knows neither the backup's key nor its vault: give --digits to type the 64 digits, or, for a password, say where the vault is with --vault and what 'bkv restore --help' names beside it")
+		}
+		if err = setup.Run(e); err != nil {
+			return nil, nil, false, err
+		}
+		if keys, err = e.device.keys(); err != nil {
+			return nil, nil, false, err
+		}
+	}
+	m, err = findManifest(e.ctx, where, keys)
+	return keys, m, true, err
+}
+
+// byDigits asks for the 64 digits until they are those of this backup. A wrong one costs nothing.
+func (c *restoreCommand) byDigits(e *environment, where dest.Destination) (backup.Key, *dest.Manifest, error) {
+	for {
 		key, err := e.readDigits(c.DigitsFile)
-		return []backup.Key{key}, err
-	case !errors.Is(err, errNotSetUp):
-		return keys, err
+		if err != nil {
+			return key, nil, err
+		}
+		m, err := findManifest(e.ctx, where, []backup.Key{key})
+		if c.DigitsFile == "" && errors.Is(err, dest.ErrForeignManifest) {
+			e.warn("These are 64 digits, but not this backup's: compare them with what you wrote down,\n" +
+				"and type all of them again.")
+			continue
+		}
+		return key, m, err
 	}
-	setup := setupCommand{vaultFlags: c.vaultFlags, passwordFlags: c.passwordFlags, Mode: modePassword, Recover: true, KeyStore: c.KeyStore, DigitsFile: c.DigitsFile}
-	if c.Digits || c.DigitsFile != "" {
-		setup.Mode = modeDigits
-	}
-	if err := setup.Run(e); err != nil {
-		return nil, err
-	}
-	return e.device.keys()
 }
 
 // findManifest reads the manifest with the key that it was made with.
@@ -201,7 +262,7 @@ func (e *environment) list(m *dest.Manifest) error {
 // pick finds the archive to restore.
 func (c *restoreCommand) pick(e *environment, where dest.Destination, m *dest.Manifest) (dest.Archive, error) {
 	if last, ok := e.device.Backups[where.String()]; ok && m.Serial < last.Serial && !c.AcceptOlder {
-		return dest.Archive{}, fmt.Errorf("%s: the list of backups there is older than the one that this device wrote (%d after %d): somebody put old files back; to restore all the same, give --accept-older", where, m.Serial, last.Serial)
+		return dest.Archive{}, fmt.Errorf("%s: the list of backups there is older than the one that this device knows (%d after %d): somebody put old files back; to restore all the same, give --accept-older", where, m.Serial, last.Serial)
 	}
 	live := m.Live()
 	if len(live) == 0 {

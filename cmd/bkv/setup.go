@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/big"
 	"strings"
+	"unicode"
 
 	"github.com/trustelem/zxcvbn"
 
@@ -14,13 +15,13 @@ import (
 )
 
 type setupCommand struct {
-	vaultFlags
-	passwordFlags
-	Mode       string `placeholder:"MODE" enum:",password,digits" default:"" help:"How the key is kept: password (the vault guards it) or digits (you keep 64 digits, and no vault is needed). Asked for at a terminal."`
-	Recover    bool   `help:"Take up a backup that was set up on another device: by its password, or by the 64 digits with --mode=digits."`
-	DigitsFile string `placeholder:"FILE" help:"With --recover --mode=digits and without a terminal: file with the 64 digits."`
-	KeyStore   string `enum:"auto,keyring,file" default:"auto" help:"Where this device keeps the key: keyring (the system's), file (mode 0600), or auto for the keyring if there is one."`
-	Yes        bool   `help:"Ask nothing: you have read the warnings and, in 64-digit mode, keep what is printed."`
+	vaultFlags    `group:"The vault, as setup saved it or an app gives it:"`
+	passwordFlags `group:"The password:"`
+	Mode          string `placeholder:"MODE" enum:",password,digits" default:"" help:"How the key is kept: password (the vault guards it) or digits (you keep 64 digits, and no vault is needed). Asked for at a terminal."`
+	Recover       bool   `help:"Take up a backup that was set up on another device: by its password, or by the 64 digits with --mode=digits."`
+	DigitsFile    string `placeholder:"FILE" help:"With --recover --mode=digits and without a terminal: file with the 64 digits."`
+	KeyStore      string `enum:"auto,keyring,file" default:"auto" help:"Where this device keeps the key: keyring (the system's), file (mode 0600), or auto for the keyring if there is one."`
+	Yes           bool   `help:"Ask nothing: you have read the warnings and, in 64-digit mode, keep what is printed."`
 }
 
 func (c *setupCommand) Run(e *environment) error {
@@ -63,8 +64,19 @@ func (c *setupCommand) Run(e *environment) error {
 		return err
 	}
 	// Whoever has a key there already should not think up a password first.
-	if _, err := vault.Status(e.ctx); err != nil && !errors.Is(err, client.ErrNotEnrolled) {
+	s, err := vault.Status(e.ctx)
+	switch {
+	case errors.Is(err, client.ErrNotEnrolled):
+	case err != nil:
 		return err
+	case generation(s, "active") != nil:
+		return e.enrolledAlready()
+	default:
+		if g := generation(s, "frozen"); g != nil {
+			e.warn("NOTE: the vault has a key of yours that was turned off without its owner's proof, until\n"+
+				"%s. 'bkv setup --recover' takes that one up, by its password;\n"+
+				"what you set up now is another one, which does not open its backups.", shownEnd(g))
+		}
 	}
 	e.warn("The password will be the only way to your backup if you lose this device.\n" +
 		"Nobody can reset it or look it up: not the app, not the vault. After ten wrong\n" +
@@ -75,13 +87,17 @@ func (c *setupCommand) Run(e *environment) error {
 	}
 	enrolled, err := e.finishEnrolment(vault.Enrol(e.ctx, password))
 	if errors.Is(err, client.ErrAlreadyEnrolled) {
-		return fmt.Errorf("the vault keeps a key for %q already: take it up with 'bkv setup --recover'; a device that has it can destroy it with 'bkv off'", e.device.Vault.User)
+		return e.enrolledAlready()
 	}
 	if err != nil {
 		return err
 	}
 	e.device.Serial = vault.Serial()
 	return e.remember(c.KeyStore, mode, enrolled.Generation.String(), enrolled.Key)
+}
+
+func (e *environment) enrolledAlready() error {
+	return fmt.Errorf("the vault keeps a key for %q already: take it up with 'bkv setup --recover'; a device that has it can destroy it with 'bkv off'", e.device.Vault.User)
 }
 
 // mode is how the key is to be kept.
@@ -264,8 +280,11 @@ func (e *environment) newPassword(file string) (string, error) {
 
 // rate estimates a password's strength.
 func (e *environment) rate(password string) error {
-	if password == "" {
-		return errors.New("the password is empty")
+	if err := client.CheckPassword(password); err != nil {
+		return err
+	}
+	if strings.ContainsFunc(password, func(r rune) bool { return unicode.IsControl(r) && r != '\t' }) {
+		return errors.New("the password has a line break or another character that cannot be typed at every terminal: take one without")
 	}
 	runes := []rune(password)
 	known := []string{"backup", "bkv", "vault", e.device.Vault.User, e.device.Vault.Tenant}

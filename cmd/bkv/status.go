@@ -10,7 +10,7 @@ import (
 )
 
 type statusCommand struct {
-	vaultFlags
+	vaultFlags `group:"The vault, as setup saved it or an app gives it:"`
 }
 
 func (c *statusCommand) Run(e *environment) error {
@@ -19,11 +19,10 @@ func (c *statusCommand) Run(e *environment) error {
 		return errNotSetUp
 	}
 	stores := map[string]string{inKeyring: "in the system's keyring", inFile: "in a file, unprotected but for its mode"}
+	var vaultErr error
 	switch d.Mode {
 	case modePassword:
-		if err := c.password(e); err != nil {
-			return err
-		}
+		vaultErr = c.password(e) // what the device knows by itself is shown all the same
 	case modeDigits:
 		if err := e.printf("mode: 64 digits, which you keep; no vault has the key\n"); err != nil {
 			return err
@@ -33,7 +32,9 @@ func (c *statusCommand) Run(e *environment) error {
 		return err
 	}
 	if len(d.Backups) == 0 {
-		return e.printf("last backup: none from this device\n")
+		if err := e.printf("last backup: none that this device knows of\n"); err != nil {
+			return err
+		}
 	}
 	for _, where := range slices.Sorted(maps.Keys(d.Backups)) {
 		b := d.Backups[where]
@@ -41,7 +42,7 @@ func (c *statusCommand) Run(e *environment) error {
 			return err
 		}
 	}
-	return nil
+	return vaultErr
 }
 
 func (c *statusCommand) password(e *environment) error {

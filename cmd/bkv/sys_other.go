@@ -6,7 +6,15 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+
+	"golang.org/x/term"
 )
+
+// readHidden reads a line that the terminal does not show.
+func readHidden(f *os.File) (string, error) {
+	line, err := term.ReadPassword(int(f.Fd()))
+	return string(line), err
+}
 
 // syncTree brings all that was written to the disk below root, file by file.
 func syncTree(root *os.Root) error {

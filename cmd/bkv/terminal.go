@@ -38,15 +38,19 @@ func (t *terminal) printf(format string, args ...any) {
 	_, _ = fmt.Fprintf(t.out, format, args...) // there is nobody to tell
 }
 
-// errNobody: there is no terminal, and no flag says it either.
-var errNobody = errors.New("there is no terminal to ask at")
+var (
+	// errNobody: there is no terminal, and no flag says it either.
+	errNobody = errors.New("there is no terminal to ask at")
+	// errNoAnswer: the input ended at a question, as by Ctrl-D.
+	errNoAnswer = errors.New("no answer came: run it again to be asked again")
+)
 
 // maxLineBytes bounds an answer; a password has at most 1,024.
 const maxLineBytes = 8 << 10
 
 // ask asks for a line. Hidden is for what nobody else should see.
 //
-// Errors: errNobody, io.EOF if the terminal is closed, and the context's.
+// Errors: errNobody, errNoAnswer, and the context's.
 func (t *terminal) ask(ctx context.Context, question string, hidden bool) (string, error) {
 	if !t.interactive() {
 		return "", errNobody
@@ -65,17 +69,19 @@ func (t *terminal) ask(ctx context.Context, question string, hidden bool) (strin
 	}
 	answered := make(chan answer, 1)
 	go func() {
+		read := readLine
 		if hidden {
-			line, err := term.ReadPassword(fd)
-			answered <- answer{string(line), err}
-			return
+			read = readHidden
 		}
-		line, err := readLine(t.in)
+		line, err := read(t.in)
+		if errors.Is(err, io.EOF) {
+			err = errNoAnswer
+		}
 		answered <- answer{line, err}
 	}()
 	select {
 	case a := <-answered:
-		if hidden {
+		if hidden || errors.Is(a.err, errNoAnswer) {
 			err = t.show("\n")
 		}
 		return a.line, errors.Join(a.err, err)
@@ -86,10 +92,10 @@ func (t *terminal) ask(ctx context.Context, question string, hidden bool) (strin
 }
 
 // readLine reads up to a line break and not a byte further: what follows may be a password.
-func readLine(r io.Reader) (string, error) {
+func readLine(f *os.File) (string, error) {
 	var line []byte
 	for one := make([]byte, 1); len(line) < maxLineBytes; {
-		n, err := r.Read(one)
+		n, err := f.Read(one)
 		if n == 1 && one[0] == '\n' {
 			return strings.TrimSuffix(string(line), "\r"), nil
 		}

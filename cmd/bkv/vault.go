@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/backup-key-vault/bkv/api"
 	"github.com/backup-key-vault/bkv/client"
 	"github.com/backup-key-vault/bkv/client/httpclient"
 	"github.com/backup-key-vault/bkv/transcript"
@@ -81,7 +82,7 @@ func (s vaultSettings) token(ctx context.Context) (string, error) {
 	var err error
 	if s.TokenFile != "" {
 		if raw, err = os.ReadFile(s.TokenFile); err != nil {
-			return "", err
+			return "", fmt.Errorf("--token-file: %w", err)
 		}
 	} else {
 		command := exec.CommandContext(ctx, "/bin/sh", "-c", s.TokenCommand)
@@ -102,6 +103,7 @@ func (s vaultSettings) token(ctx context.Context) (string, error) {
 type passwordFlags struct {
 	PasswordFile string `env:"BKV_PASSWORD_FILE" placeholder:"FILE" help:"File with the password, for use without a terminal; a line break at its end is ignored. /dev/fd/3 reads it from file descriptor 3."`
 	LastAttempt  bool   `help:"Without a terminal: try the password even if it is the last attempt, after which a wrong one destroys the key."`
+	Frozen       bool   `help:"Try the password on the key that somebody replaced without it. The vault keeps that one for some days."`
 }
 
 // readPassword reads a password from a file.
@@ -121,8 +123,8 @@ func readPassword(file string) (string, error) {
 // right, and says before each attempt how many are left.
 func (e *environment) recoverKey(c *client.Client, f passwordFlags) (client.Recovered, error) {
 	mine := 0
-	for {
-		last, err := e.beforeAttempt(c, f)
+	for first := true; ; first = false {
+		g, last, err := e.beforeAttempt(c, f, first)
 		if err != nil {
 			return client.Recovered{}, err
 		}
@@ -130,14 +132,19 @@ func (e *environment) recoverKey(c *client.Client, f passwordFlags) (client.Reco
 		if err != nil {
 			return client.Recovered{}, err
 		}
-		recovered, err := e.finish(c.Recover(e.ctx, password))
+		recovered, err := e.finish(c.RecoverGeneration(e.ctx, password, g.ID))
 		var wrong *client.WrongPasswordError
-		if errors.As(err, &wrong) && f.PasswordFile == "" && wrong.AttemptsLeft > 0 {
+		switch {
+		case errors.As(err, &wrong) && f.PasswordFile == "" && wrong.AttemptsLeft > 0:
 			mine++
 			e.warn("That password is wrong.")
 			continue
-		}
-		if err != nil {
+		case errors.Is(err, client.ErrInvalidPassword) && f.PasswordFile == "":
+			e.warn("%v. Nothing was tried.", err)
+			continue
+		case errors.Is(err, client.ErrKeyDestroyed):
+			return client.Recovered{}, e.lost("that was one wrong password too many: the key is destroyed, and no password recovers it any more")
+		case err != nil:
 			return client.Recovered{}, err
 		}
 		e.device.Serial = c.Serial()
@@ -149,38 +156,105 @@ func (e *environment) recoverKey(c *client.Client, f passwordFlags) (client.Reco
 	}
 }
 
-// beforeAttempt says how many attempts are left and when the next one is possible, before it
-// is made. Last says that a wrong one destroys the key.
-func (e *environment) beforeAttempt(c *client.Client, f passwordFlags) (last bool, err error) {
+// beforeAttempt finds what the password is to be tried on, and says how many attempts are left and when the
+// next one is possible, before a password is asked for. Last says that a wrong one destroys the key.
+func (e *environment) beforeAttempt(c *client.Client, f passwordFlags, first bool) (g *api.Generation, last bool, err error) {
 	s, err := c.Status(e.ctx)
+	if errors.Is(err, client.ErrNotEnrolled) {
+		return nil, false, e.lost(fmt.Sprintf("the vault keeps no key for the user %q of %q, if that is who you are", e.device.Vault.User, e.device.Vault.Tenant))
+	}
 	if err != nil {
-		return false, err
+		return nil, false, err
+	}
+	if g, err = e.target(s, f.Frozen, first); err != nil {
+		return nil, false, err
 	}
 	if s.NextAttemptAt != nil {
 		if wait := time.Until(*s.NextAttemptAt); wait > 0 {
-			return false, fmt.Errorf("%s left, and the next one is possible in %v, from %s: nothing was tried",
+			return nil, false, fmt.Errorf("%s left, and the next one is possible in %v, from %s: nothing was tried",
 				count(s.AttemptsLeft, "attempt", "attempts"), wait.Round(time.Second), shownTime(*s.NextAttemptAt))
 		}
+	}
+	if s.AttemptsLeft == 0 {
+		return nil, false, errors.New("the last attempt was made just now, and is not decided yet: nothing was tried; 'bkv status' tells how it ends")
 	}
 	last = s.AttemptsLeft == 1
 	if f.PasswordFile != "" {
 		if last && !f.LastAttempt {
-			return false, errors.New("this is the last attempt, and a wrong password destroys the key for good: to try all the same, give --last-attempt")
+			return nil, false, errors.New("this is the last attempt, and a wrong password destroys the key for good: to try all the same, give --last-attempt")
 		}
-		return last, nil
+		return g, last, nil
 	}
-	if s.AttemptsLeft > 0 {
-		e.warn("%s left of %d. A wrong password costs one.", count(s.AttemptsLeft, "attempt", "attempts"), s.MaxAttempts)
-	}
+	e.warn("%s left of %d. A wrong password costs one.", count(s.AttemptsLeft, "attempt", "attempts"), s.MaxAttempts)
 	if last {
 		e.warn("THIS IS THE LAST ATTEMPT. If the password is wrong, the key is destroyed, and\n" +
 			"nobody can ever read the backup again, unless you have the 64 digits.")
 		if err := e.term.confirm(e.ctx, "Are you sure that you know the password?", "last attempt"); err != nil {
-			return false, err
+			return nil, false, err
 		}
 	}
-	return last, nil
+	return g, last, nil
 }
+
+// target is the generation that a password is to be tried on: the active one, or a frozen one if that
+// is wanted, is this device's, or there is no other.
+func (e *environment) target(s *api.Status, wantFrozen, tell bool) (*api.Generation, error) {
+	active, frozen := generation(s, "active"), generation(s, "frozen")
+	ours := frozen != nil && frozen.ID.String() == e.device.Generation
+	switch {
+	case wantFrozen && frozen == nil:
+		return nil, errors.New("no key is frozen at the vault: leave --frozen out")
+	case frozen != nil && (wantFrozen || ours || active == nil):
+		if tell {
+			e.warn("NOTE: this key was turned off or replaced without its owner's proof. Its password still\n"+
+				"recovers it, until the vault destroys it at %s. To keep it, run\n"+
+				"'bkv password --reinstate' once this device has it.", shownEnd(frozen))
+		}
+		return frozen, nil
+	case active != nil:
+		if frozen != nil && tell {
+			e.warn("NOTE: the key in the vault took the place of another one, whose owner did not agree.\n"+
+				"The vault keeps that one until %s: if your password is for it,\n"+
+				"stop here and give --frozen.", shownEnd(frozen))
+		}
+		return active, nil
+	}
+	if g := generation(s, "destroyed"); g != nil && (g.Reason == "exhausted" || g.Reason == "failures") {
+		return nil, e.lost("the key was destroyed after too many wrong passwords, and no password recovers it any more")
+	}
+	return nil, e.lost("the key was turned off, and no password recovers it any more")
+}
+
+// generation returns the generation in a state, or nil.
+func generation(s *api.Status, state string) *api.Generation {
+	for i := range s.Generations {
+		if s.Generations[i].State == state {
+			return &s.Generations[i]
+		}
+	}
+	return nil
+}
+
+// shownEnd is when a frozen generation is destroyed.
+func shownEnd(g *api.Generation) string {
+	if g.ExpiresAt == nil {
+		return "its end"
+	}
+	return shownTime(*g.ExpiresAt)
+}
+
+// lost says what is left to do where the vault has no key for any password.
+func (e *environment) lost(why string) error {
+	if e.device.KeyStore != "" {
+		return errors.New(why + "; this device still has the key: set a new password with 'bkv password'")
+	}
+	return errors.New(why + "; with the 64 digits, 'bkv restore --digits' still restores; a device that has the key can give it a new password with 'bkv password'; " +
+		"if there are neither, nobody can read the backup any more: begin anew with 'bkv setup'")
+}
+
+// errOtherKey: the vault's key is not this device's.
+var errOtherKey = errors.New("the vault keeps another key than this device: it was set up anew elsewhere, and what this device backs up cannot be restored with that password; " +
+	"to go on with the other key, run 'bkv off --this-device' and 'bkv setup --recover'; to go on with this one, first run 'bkv off' on the device that has the other")
 
 // oldPassword asks for a password that exists: twice before the last attempt.
 func (e *environment) oldPassword(f passwordFlags, twice bool) (string, error) {

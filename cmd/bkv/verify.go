@@ -2,13 +2,12 @@ package main
 
 import (
 	"errors"
-
-	"github.com/backup-key-vault/bkv/client"
+	"fmt"
 )
 
 type verifyCommand struct {
-	vaultFlags
-	passwordFlags
+	vaultFlags    `group:"The vault, as setup saved it or an app gives it:"`
+	passwordFlags `group:"The password:"`
 }
 
 func (c *verifyCommand) Run(e *environment) error {
@@ -22,9 +21,6 @@ func (c *verifyCommand) Run(e *environment) error {
 	e.say("This recovers the key from the vault, as a new device would. It is a real attempt:\n" +
 		"a wrong password costs one, and the right one gives all of them back.")
 	recovered, err := e.recoverKey(vault, c.passwordFlags)
-	if errors.Is(err, client.ErrKeyDestroyed) {
-		return errors.Join(err, errors.New("this device still has the key: set a new password with 'bkv password'"))
-	}
 	if err != nil {
 		return err
 	}
@@ -36,7 +32,7 @@ func (c *verifyCommand) Run(e *environment) error {
 	case err != nil:
 		return err
 	case key != recovered.Key:
-		return errors.New("the password is right, but the vault keeps another key than this device: it was set up anew elsewhere; what this device backs up cannot be restored with the password. Set it with 'bkv password', or take the other key up with 'bkv off --this-device' and 'bkv setup --recover'")
+		return fmt.Errorf("the password is right, but %w", errOtherKey)
 	}
 	if err := e.device.save(); err != nil { // of the vault's serial
 		return err

@@ -260,3 +260,58 @@ func TestIncompleteBackup(t *testing.T) {
 		t.Errorf("%+v", o)
 	}
 }
+
+// Where there is no room, nothing half-written stays, what was there still is, and bkv says what to do.
+func TestFullDisk(t *testing.T) {
+	t.Parallel()
+	needs(t, "unshare", "mount")
+	dir := t.TempDir()
+	for _, name := range []string{"disk", "small", "big"} {
+		if err := os.Mkdir(filepath.Join(dir, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	content := make([]byte, 4<<20)
+	fillRandom(content)
+	write(t, dir+"/small", "file", "content")
+	write(t, dir+"/big", "file", string(content))
+	// A file system of two megabytes, which nobody else sees.
+	script := `set -eu
+mount -t tmpfs -o size=2m tmpfs disk
+fails() { if "$@" 2>said; then exit 1; fi; cat said >&2; grep -q "no space left on device" said; grep -q "^Make room there" said; }
+bkv setup --mode=digits --yes >digits
+bkv backup small disk/there
+bkv backup big there
+before=$(ls disk/there)
+fails bkv backup big disk/there
+[ "$(ls disk/there)" = "$before" ]
+bkv restore disk/there back
+cmp back/small/file small/file
+fails bkv restore there disk/back
+[ "$(ls disk)" = there ]
+cp -r device disk/device
+dd if=/dev/zero of=disk/rest bs=1k 2>/dev/null || true
+export BKV_CONFIG_DIR=disk/device
+fails bkv backup small there
+grep -q "the backup is whole, but this device could not note it" said
+rm -rf back
+fails bkv restore there back
+grep -q "all is restored, but this device could not note where the backup is" said
+cmp back/small/file small/file
+rm disk/rest
+bkv backup small there
+bkv backup small disk/there
+mount -o remount,ro disk
+if bkv backup small disk/there 2>said; then exit 1; fi
+grep "mount the disk for writing" said
+`
+	cmd := exec.Command("unshare", "--mount", "--map-root-user", "sh", "-c", script)
+	cmd.Dir = dir
+	cmd.Env = append(append(offline(dir), bareEnv...), "PATH="+bin+":"+os.Getenv("PATH"))
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	out, err := cmd.CombinedOutput()
+	sane(t, string(out))
+	if err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+}

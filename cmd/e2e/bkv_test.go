@@ -39,6 +39,10 @@ func TestBkv(t *testing.T) {
 	for name, test := range map[string]func(*testing.T, *served){
 		"scripts":                bkvScripts,
 		"password at a terminal": passwordAtATerminal,
+		"password changed":       passwordChanged,
+		"old password asked for": oldPasswordAskedFor,
+		"no key to ask for":      noKeyToAskFor,
+		"frozen key":             frozenKey,
 		"backup at a terminal":   backupAtATerminal,
 		"token asked for again":  tokenAskedForAgain,
 	} {

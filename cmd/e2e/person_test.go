@@ -106,7 +106,7 @@ func (p *person) types(line string) {
 // hidden is types for what must not be seen: it waits until the terminal shows nothing.
 func (p *person) hidden(line string) {
 	p.t.Helper()
-	eventually(p.t, "a terminal that does not show what is typed", func() bool { return !p.echoes() })
+	p.notSeen()
 	p.types(line)
 }
 
@@ -132,6 +132,40 @@ func (p *person) ends(status int) {
 	})
 	if got := p.cmd.ProcessState.ExitCode(); got != status {
 		p.t.Fatalf("bkv ended with %d, want %d", got, status)
+	}
+	if !p.echoes() {
+		p.t.Error("bkv left a terminal that does not show what is typed")
+	}
+}
+
+// Keys that are no characters.
+const (
+	ctrlC = "\x03"
+	ctrlD = "\x04" // the end of the input
+)
+
+// presses presses a key where bkv asks for something hidden.
+func (p *person) presses(key string) {
+	p.t.Helper()
+	p.notSeen()
+	if _, err := io.WriteString(p.pty, key); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// notSeen waits until the terminal shows nothing of what is typed.
+func (p *person) notSeen() {
+	p.t.Helper()
+	eventually(p.t, "a terminal that does not show what is typed", func() bool { return !p.echoes() })
+}
+
+// neverSaw fails if something was to be seen.
+func (p *person) neverSaw(texts ...string) {
+	p.t.Helper()
+	for _, text := range texts {
+		if strings.Contains(p.screen(), text) {
+			p.t.Errorf("%q was to be seen", text)
+		}
 	}
 }
 
@@ -244,11 +278,7 @@ func passwordAtATerminal(t *testing.T, d *served) {
 	p.sees("WARNING: the key lies in ")
 	p.sees("Done. Your backup key is in the vault under your password")
 	p.ends(0)
-	for _, secret := range []string{password, other} {
-		if strings.Contains(p.screen(), secret) {
-			t.Error("a password was to be seen")
-		}
-	}
+	p.neverSaw(password, other)
 
 	// Attempts are told before they are made.
 	p = sitDown(t, env, "verify")
@@ -262,17 +292,10 @@ func passwordAtATerminal(t *testing.T, d *served) {
 	p.hidden(password)
 	p.sees("The password is right, and it recovers this device's key")
 	p.ends(0)
-	if strings.Contains(p.screen(), "did not make") {
-		t.Error("its own wrong attempt is told as another's")
-	}
-
-	// Ctrl-C at the question leaves a terminal that shows what is typed.
+	p.neverSaw("did not make") // its own wrong attempt is not told as another's
 	p = sitDown(t, env, "verify")
 	p.sees("Password: ")
-	eventually(t, "the question", func() bool { return !p.echoes() })
-	if _, err := io.WriteString(p.pty, "\x03"); err != nil {
-		t.Fatal(err)
-	}
+	p.presses(ctrlC)
 	p.sees("bkv: stopped")
 	p.ends(130)
 

@@ -62,7 +62,7 @@ func newParser(command any, name, description string, unread *[]error, stdout, s
 // explain is a setting's help with its default and its environment variable.
 func explain(v *kong.Value) string {
 	text := v.Help
-	if v.HasDefault {
+	if v.HasDefault && v.Default != "" {
 		text += " Default: " + v.Default + "."
 	}
 	if len(v.Tag.Envs) > 0 {
