@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -99,19 +100,50 @@ func Table(command any) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	return flagTable(slices.Concat(parser.Model.AllFlags(true)...)), nil
+}
+
+func flagTable(flags []*kong.Flag) string {
 	var b strings.Builder
 	b.WriteString("| flag | environment | default | meaning |\n| --- | --- | --- | --- |\n")
-	for _, group := range parser.Model.AllFlags(true) {
-		for _, f := range group {
-			if f.Name == "help" {
-				continue
-			}
-			fallback := "none"
-			if f.HasDefault {
-				fallback = "`" + f.Default + "`"
-			}
-			fmt.Fprintf(&b, "| `--%s` | `%s` | %s | %s |\n", f.Name, strings.Join(f.Envs, "`, `"), fallback, f.Help)
+	for _, f := range flags {
+		if f.Name == "help" {
+			continue
 		}
+		fallback, environment := "none", ""
+		if f.HasDefault {
+			fallback = "`" + f.Default + "`"
+		}
+		if len(f.Envs) > 0 {
+			environment = "`" + strings.Join(f.Envs, "`, `") + "`"
+		}
+		fmt.Fprintf(&b, "| `--%s` | %s | %s | %s |\n", f.Name, environment, fallback, f.Help)
 	}
-	return b.String(), nil
+	return b.String()
+}
+
+// Commands is what a program can do as two Markdown tables: its commands, each with its flags; and
+// the flags of a group and of the program, which several commands share.
+func Commands(command any) (commands, shared string, err error) {
+	var unread []error
+	parser, err := newParser(command, "command", "", &unread, io.Discard, io.Discard)
+	if err != nil {
+		return "", "", err
+	}
+	var b strings.Builder
+	b.WriteString("| command | what | flags |\n| --- | --- | --- |\n")
+	common := parser.Model.Flags
+	for _, n := range parser.Model.Leaves(true) {
+		var own []string
+		for _, f := range n.Flags {
+			switch {
+			case f.Group == nil:
+				own = append(own, "`"+f.String()+"`")
+			case !slices.ContainsFunc(common, func(c *kong.Flag) bool { return c.Name == f.Name }):
+				common = append(common, f)
+			}
+		}
+		fmt.Fprintf(&b, "| `%s` | %s | %s |\n", strings.TrimSuffix(n.Summary(), " [flags]"), n.Help, strings.Join(own, ", "))
+	}
+	return b.String(), flagTable(common), nil
 }
