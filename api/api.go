@@ -200,6 +200,7 @@ type ReinstateRequest struct {
 
 // Status is what the vault knows of an account.
 type Status struct {
+	Tenant        string       `json:"tenant" doc:"Whose token this was. A password proves itself under this name: a client that has another one would waste attempts, and must make none."`
 	Generations   []Generation `json:"generations" doc:"Those that live, and the last one if it was destroyed; oldest first."`
 	Follow        GenerationID `json:"follow" doc:"The generation that a next enrolment follows."`
 	AttemptsLeft  int          `json:"attempts_left" doc:"Attempts left, shared by all live generations."`

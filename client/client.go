@@ -118,7 +118,7 @@ func escapeSegment(s string) string {
 // generations are checked no further than that they could be decoded.
 //
 // Errors: ErrNotEnrolled, and those of every operation: ErrWrongVault, ErrStaleKeys, ErrNoRelayKey,
-// ErrUnauthenticated, ErrForbidden, *RateLimitedError, ErrRelay, ErrUnavailable, ErrBadResponse,
+// ErrUnauthenticated, ErrForbidden, ErrWrongTenant, *RateLimitedError, ErrRelay, ErrUnavailable, ErrBadResponse,
 // *Problem, and the context's.
 func (c *Client) Status(ctx context.Context) (*api.Status, error) {
 	// Who the vault is comes first: not even the token goes to another one.
@@ -128,6 +128,9 @@ func (c *Client) Status(ctx context.Context) (*api.Status, error) {
 	s := &api.Status{}
 	if err := c.call(ctx, "GET", c.resource, nil, s); err != nil {
 		return nil, fmt.Errorf("asking for the status: %w", err)
+	}
+	if s.Tenant != c.tenant { // no attempt could succeed
+		return nil, fmt.Errorf("%w: the token's is %q, this client's %q", ErrWrongTenant, s.Tenant, c.tenant)
 	}
 	return s, nil
 }

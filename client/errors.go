@@ -32,6 +32,9 @@ var (
 	// ErrForbidden: the proof is not by the owner of the generation, or the token is
 	// for another user.
 	ErrForbidden = errors.New("the vault refused: this key does not own the generation, or the token is another user's")
+	// ErrWrongTenant: the token is of another tenant than Config.Tenant, under whose name no password would be right.
+	// Nothing was charged.
+	ErrWrongTenant = errors.New("the token is of another tenant than this client is set up for: set the tenant's name right")
 	// ErrUnauthenticated: the vault takes no token that Config.Token returns.
 	ErrUnauthenticated = errors.New("the vault does not accept the token: sign in to the app again")
 	// ErrRelayRequired: an enrolment or a password change on the direct route (Config.Direct), which the vault does

@@ -46,7 +46,7 @@ func problem(status int, kind, retryAfter string) client.Response {
 
 // What is tried again, how often, and what comes of it. The clock is the bubble's.
 func TestRetries(t *testing.T) {
-	ok := client.Response{Status: 200, Body: []byte(`{"generations":[],"unknown_member":1}`)}
+	ok := client.Response{Status: 200, Body: []byte(`{"tenant":"chat","generations":[],"unknown_member":1}`)}
 	lost := client.Response{}
 	for name, test := range map[string]struct {
 		answers []client.Response

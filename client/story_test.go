@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"net/http/httptest"
+	"strings"
 	"testing"
 	"time"
 
@@ -376,5 +377,23 @@ func TestTokenIsRenewedOnce(t *testing.T) {
 	config.Token = func(context.Context) (string, error) { return s.jwt("bob", time.Minute), nil }
 	if _, err := newClient(t, config).Status(t.Context()); !errors.Is(err, client.ErrForbidden) {
 		t.Errorf("with another user's token: %v", err)
+	}
+}
+
+// A client with another tenant's name could have the right password and would prove it under a wrong name: it makes no attempt.
+func TestWrongTenant(t *testing.T) {
+	s := newService(t)
+	config := s.config("alice", inProcess{s.handler})
+	alice := newClient(t, config)
+	if _, err := alice.Enrol(t.Context(), "password"); err != nil {
+		t.Fatal(err)
+	}
+	config.Tenant += "2"
+	other := newClient(t, config)
+	if _, err := other.Recover(t.Context(), "password"); !errors.Is(err, client.ErrWrongTenant) || !strings.Contains(err.Error(), config.Tenant) {
+		t.Errorf("got %v", err)
+	}
+	if status, err := alice.Status(t.Context()); err != nil || status.AttemptsLeft != status.MaxAttempts {
+		t.Errorf("an attempt was charged: %v %+v", err, status)
 	}
 }

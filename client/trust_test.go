@@ -556,7 +556,7 @@ func FuzzAnswers(f *testing.F) {
 		f.Add(p.Status, p.Body, "1")
 	}
 	f.Add(200, []byte(`null`), "")
-	f.Add(200, []byte(`{"generations":[{"id":"00000000000000000000000000000001","state":"active","digest":"AA","next_attempt":1,"ksf":{}}]}`), "")
+	f.Add(200, []byte(`{"tenant":"chat","generations":[{"id":"00000000000000000000000000000001","state":"active","digest":"AA","next_attempt":1,"ksf":{}}]}`), "")
 	f.Add(403, []byte(`{"type":"urn:bkv:problem:wrong-password","attempts_left":-1}`), "")
 	identity, err := inProcess{s.handler}.RoundTrip(f.Context(), &client.Request{Method: "GET", Path: "/v1/vault"})
 	if err != nil {

@@ -68,6 +68,7 @@ export type Code =
   | "not-loaded"
   /** The SDK was closed or ended, perhaps for want of memory: load it again. */
   | "stopped"
+  /** A call that no page should make, or another tenant's name than the token's. */
   | "invalid-argument"
   | "internal";
 

@@ -51,6 +51,7 @@ var codes = []struct {
 	{errToken, "no-token"},
 	{backup.ErrNotSealed, "not-a-backup"},
 	{backup.ErrWrongKey, "wrong-key"},
+	{client.ErrWrongTenant, "invalid-argument"},
 	{errUnusable, "invalid-argument"},
 }
 

@@ -137,7 +137,7 @@ func ksfOf(a opaque.Argon2id) api.KSF {
 }
 
 func (s *server) getStatus(ctx context.Context, c call, _ *none) (*api.Status, error) {
-	return statusOf(s.vault.Status(ctx, c.Caller))
+	return c.status(s.vault.Status(ctx, c.Caller))
 }
 
 func (s *server) startEnrolment(ctx context.Context, c call, in *api.StartEnrolmentRequest) (*api.StartEnrolmentResponse, error) {
@@ -196,7 +196,7 @@ func (s *server) activate(ctx context.Context, c call, in *api.ActivateRequest) 
 			return nil, err
 		}
 	}
-	return statusOf(s.vault.Activate(ctx, c.Caller, vault.Activation{
+	return c.status(s.vault.Activate(ctx, c.Caller, vault.Activation{
 		Generation: vault.GenerationID(in.Generation), Signature: in.Signature, PreviousSignature: in.PreviousSignature,
 	}))
 }
@@ -259,14 +259,14 @@ func (s *server) turnOff(ctx context.Context, c call, _ *none) (*api.Status, err
 			return nil, err
 		}
 	}
-	return statusOf(s.vault.TurnOff(ctx, c.Caller, vault.GenerationID(generation), signature))
+	return c.status(s.vault.TurnOff(ctx, c.Caller, vault.GenerationID(generation), signature))
 }
 
 func (s *server) reinstate(ctx context.Context, c call, in *api.ReinstateRequest) (*api.Status, error) {
 	if err := sized("signature", in.Signature, ownerSigSize); err != nil {
 		return nil, err
 	}
-	return statusOf(s.vault.Reinstate(ctx, c.Caller, vault.Reinstatement{
+	return c.status(s.vault.Reinstate(ctx, c.Caller, vault.Reinstatement{
 		Generation: vault.GenerationID(in.Generation), Replaces: vault.GenerationID(in.Replaces), FrozenUntil: in.FrozenUntil, Signature: in.Signature,
 	}))
 }
@@ -291,11 +291,13 @@ func wireKSF(k vault.KSF) api.KSF {
 	return api.KSF{Algorithm: api.Argon2id, Time: k.Time, MemoryKiB: k.MemoryKiB, Threads: k.Threads}
 }
 
-func statusOf(s *vault.Status, err error) (*api.Status, error) {
+// status is what the caller hears of an account of its own.
+func (c call) status(s *vault.Status, err error) (*api.Status, error) {
 	if err != nil {
 		return nil, err
 	}
 	out := &api.Status{
+		Tenant:      c.Account.Tenant,
 		Generations: make([]api.Generation, len(s.Generations)), Follow: api.GenerationID(s.Follow),
 		AttemptsLeft: s.AttemptsLeft, MaxAttempts: s.MaxAttempts, NextAttemptAt: timeOrNil(s.NextAttempt),
 	}
