@@ -47,6 +47,7 @@ var nonsense = []struct{ env, value, complaint string }{
 	{"BKV_CHECKPOINT_EVERY", "1ms", `--checkpoint-every: want 1s to 1h, got 1ms`},
 	{"BKV_MAX_CONNECTIONS", "0", `--max-connections: want 1 to 1000000, got 0`},
 	{"BKV_MAX_CONNECTIONS_PER_ADDRESS", "0", `--max-connections-per-address: want 1 to 1000000, got 0`},
+	{"BKV_MAX_REQUESTS", "0", `--max-requests: want 1 to 1000000, got 0`},
 	{"BKV_REQUESTS_PER_USER", "0", `--requests-per-user: want 1 to 1000000, got 0`},
 	{"BKV_REQUESTS_PER_TENANT", "-5", `--requests-per-tenant: want 1 to 1000000, got -5`},
 	{"BKV_ENROLMENTS_PER_TENANT", "-1", `--enrolments-per-tenant: want 1 to 1000000, got -1`},
