@@ -56,6 +56,9 @@ func (c *backupCommand) Run(e *environment) error {
 	if err != nil {
 		return err
 	}
+	if e.device.Unsettled {
+		return errUnsettled
+	}
 	paths, url := c.Args[:len(c.Args)-1], c.Args[len(c.Args)-1]
 	where, err := dest.Open(e.ctx, url, true)
 	if err != nil {

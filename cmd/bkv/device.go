@@ -32,6 +32,9 @@ type device struct {
 	KeyStore   string           `json:"key_store,omitempty"` // where the key is
 	KeyName    string           `json:"key_name,omitempty"`  // what it is called there
 	Backups    map[string]saved `json:"backups,omitempty"`   // the last one, by destination
+
+	// Unsettled: a change of the key was begun, and which of the device's keys the vault has is not known.
+	Unsettled bool `json:"unsettled,omitempty"`
 }
 
 // vaultSettings say where the vault is and who asks.

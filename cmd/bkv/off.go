@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 
+	"github.com/backup-key-vault/bkv/backup"
 	"github.com/backup-key-vault/bkv/client"
 )
 
@@ -18,7 +19,7 @@ func (c *offCommand) Run(e *environment) error {
 	if c.WithoutProof {
 		return c.freeze(e)
 	}
-	key, err := e.device.key()
+	keys, err := e.device.keys()
 	if err != nil && (!c.ThisDevice || errors.Is(err, errNotSetUp)) { // what cannot be read can still be forgotten
 		return err
 	}
@@ -26,7 +27,7 @@ func (c *offCommand) Run(e *environment) error {
 		if e.device.Mode == modeDigits {
 			return errors.New("the key is in no vault: there is nothing to turn off but this device's copy")
 		}
-		if err := e.showDigits(key, c.Yes); err != nil {
+		if err := e.showDigits(keys[0], c.Yes); err != nil {
 			return err
 		}
 	} else if !c.Yes {
@@ -44,7 +45,7 @@ func (c *offCommand) Run(e *environment) error {
 		if err != nil {
 			return err
 		}
-		err = vault.TurnOff(e.ctx, key)
+		err = e.prove(keys, func(key backup.Key) error { return vault.TurnOff(e.ctx, key) })
 		switch {
 		case errors.Is(err, client.ErrNotEnrolled), errors.Is(err, client.ErrKeyDestroyed):
 			e.say("The vault keeps no key any more.")

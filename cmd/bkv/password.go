@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/backup-key-vault/bkv/backup"
 	"github.com/backup-key-vault/bkv/client"
@@ -28,7 +29,7 @@ func (c *passwordCommand) Run(e *environment) error {
 		if err != nil {
 			return err
 		}
-		if err := vault.Reinstate(e.ctx, keys[0]); err != nil {
+		if err := e.prove(keys, func(key backup.Key) error { return vault.Reinstate(e.ctx, key) }); err != nil {
 			return err
 		}
 		e.say("Your key is back, under the password that it had.")
@@ -63,22 +64,15 @@ func (c *passwordCommand) Run(e *environment) error {
 			return err
 		}
 	}
-	enrolled, err := e.finishEnrolment(c.change(e, vault, keys[0], password))
+	enrolled, err := c.change(e, vault, keys, password)
 	if errors.Is(err, client.ErrForbidden) {
 		return fmt.Errorf("%w: %w", err, errOtherKey)
 	}
 	if err != nil {
 		return err
 	}
-	if enrolled.Key != keys[0] {
-		// The old ones still open what they encrypted.
-		keys = append([]backup.Key{enrolled.Key}, keys...)
-		if err := e.storeKeys(c.KeyStore, keys...); err != nil {
-			return fmt.Errorf("the vault has a new key under the new password, but this device could not keep it: %w; take it up with 'bkv setup --recover'", err)
-		}
-	}
 	e.device.Mode, e.device.Generation, e.device.Serial = modePassword, enrolled.Generation.String(), vault.Serial()
-	if err := e.device.save(); err != nil {
+	if err := e.settle(enrolled.Key, keys); err != nil {
 		return err
 	}
 	e.say("The password is changed; the old one recovers nothing any more.")
@@ -105,24 +99,76 @@ func (e *environment) notFrozen(vault *client.Client) error {
 	return fmt.Errorf("this device's key was turned off or replaced without it, and the vault destroys it at %s: bring it back with 'bkv password --reinstate', and then change the password", shownEnd(g))
 }
 
-// change puts a key under the new password: proven by the old one where the vault has that, else anew.
-func (c *passwordCommand) change(e *environment, vault *client.Client, key backup.Key, password string) (client.Enrolled, error) {
-	var enrolled client.Enrolled
-	var err error
-	if c.NewKey {
-		var fresh backup.Key
-		if fresh, err = backup.NewKey(rand.Reader); err != nil {
-			return client.Enrolled{}, err
-		}
-		enrolled, err = vault.ChangePasswordAndKey(e.ctx, key, password, fresh)
-	} else {
-		enrolled, err = vault.ChangePassword(e.ctx, key, password)
+// change puts a key under the new password, a new one with --new-key: proven by that of the device's keys which
+// the vault has.
+func (c *passwordCommand) change(e *environment, vault *client.Client, all []backup.Key, password string) (enrolled client.Enrolled, err error) {
+	keys := all
+	if !c.NewKey {
+		err = e.prove(keys, func(key backup.Key) error {
+			enrolled, err = e.finishEnrolment(vault.ChangePassword(e.ctx, key, password))
+			if isGone(err) {
+				enrolled, err = e.finishEnrolment(vault.EnrolKey(e.ctx, password, key))
+			}
+			return err
+		})
+		return enrolled, err
 	}
-	if errors.Is(err, client.ErrNotEnrolled) || errors.Is(err, client.ErrKeyDestroyed) {
-		if c.NewKey {
-			return vault.Enrol(e.ctx, password)
+	fresh, err := backup.NewKey(rand.Reader)
+	if err != nil {
+		return enrolled, err
+	}
+	before := e.device.Unsettled
+	if !before {
+		keys = keys[:1] // the others are of earlier changes
+	}
+	// This device has it before the vault may: whoever is stopped in between still owns what the vault has.
+	if err := e.storeKeys("", append(slices.Clone(all), fresh)...); err != nil {
+		return enrolled, err
+	}
+	e.device.Unsettled = true
+	if err := e.device.save(); err != nil {
+		return enrolled, err
+	}
+	err = e.prove(keys, func(key backup.Key) error {
+		enrolled, err = e.finishEnrolment(vault.ChangePasswordAndKey(e.ctx, key, password, fresh))
+		if isGone(err) {
+			enrolled, err = e.finishEnrolment(vault.EnrolKey(e.ctx, password, fresh))
 		}
-		return vault.EnrolKey(e.ctx, password, key)
+		return err
+	})
+	var pending *client.PendingEnrolment
+	if err != nil && !errors.As(err, &pending) && e.ctx.Err() == nil { // the vault has not taken it
+		e.device.Unsettled = before
+		err = errors.Join(err, e.storeKeys("", all...), e.device.save())
 	}
 	return enrolled, err
+}
+
+// isGone: the vault keeps no key any more.
+func isGone(err error) bool {
+	return errors.Is(err, client.ErrNotEnrolled) || errors.Is(err, client.ErrKeyDestroyed)
+}
+
+// prove has this device's key prove something or, if a change of the key is unsettled, whichever the vault has.
+func (e *environment) prove(keys []backup.Key, do func(backup.Key) error) error {
+	err := do(keys[0])
+	for _, key := range keys[1:] {
+		if !e.device.Unsettled || !errors.Is(err, client.ErrForbidden) {
+			break
+		}
+		err = do(key)
+	}
+	return err
+}
+
+// settle notes which of this device's keys the vault has. The others still open what they encrypted.
+func (e *environment) settle(key backup.Key, keys []backup.Key) error {
+	if key != keys[0] || e.device.Unsettled {
+		others := slices.DeleteFunc(slices.Clone(keys), func(k backup.Key) bool { return k == key })
+		if err := e.storeKeys("", append([]backup.Key{key}, others...)...); err != nil {
+			return fmt.Errorf("the vault has a key that this device could not keep as its own: %w; take it up with 'bkv setup --recover'", err)
+		}
+	}
+	e.device.Unsettled = false
+	return e.device.save()
 }

@@ -31,6 +31,11 @@ func (c *statusCommand) Run(e *environment) error {
 	if err := e.printf("key on this device: %s\n", stores[d.KeyStore]); err != nil {
 		return err
 	}
+	if d.Unsettled {
+		if err := e.printf("NOTE: %v\n", errUnsettled); err != nil {
+			return err
+		}
+	}
 	if len(d.Backups) == 0 {
 		if err := e.printf("last backup: none that this device knows of\n"); err != nil {
 			return err

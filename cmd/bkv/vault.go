@@ -252,6 +252,9 @@ func (e *environment) lost(why string) error {
 		"if there are neither, nobody can read the backup any more: begin anew with 'bkv setup'")
 }
 
+// errUnsettled: a backup under the wrong one of two keys would open by no password.
+var errUnsettled = errors.New("a change of the key was interrupted, and the vault may have the old key or the new one: settle it first, with 'bkv password' or, if you know the password, 'bkv verify'")
+
 // errOtherKey: the vault's key is not this device's.
 var errOtherKey = errors.New("the vault keeps another key than this device: it was set up anew elsewhere, and what this device backs up cannot be restored with that password; " +
 	"to go on with the other key, run 'bkv off --this-device' and 'bkv setup --recover'; to go on with this one, first run 'bkv off' on the device that has the other")

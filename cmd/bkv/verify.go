@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"slices"
 )
 
 type verifyCommand struct {
@@ -24,17 +25,18 @@ func (c *verifyCommand) Run(e *environment) error {
 	if err != nil {
 		return err
 	}
-	key, err := e.device.key()
+	keys, err := e.device.keys()
 	switch {
 	case errors.Is(err, errNotSetUp):
 		e.say("The password is right.")
 		return nil
 	case err != nil:
 		return err
-	case key != recovered.Key:
+	case keys[0] != recovered.Key && !(e.device.Unsettled && slices.Contains(keys, recovered.Key)):
 		return fmt.Errorf("the password is right, but %w", errOtherKey)
 	}
-	if err := e.device.save(); err != nil { // of the vault's serial
+	e.device.Generation = recovered.Generation.String()
+	if err := e.settle(recovered.Key, keys); err != nil {
 		return err
 	}
 	e.say("The password is right, and it recovers this device's key.")

@@ -40,6 +40,7 @@ func TestBkv(t *testing.T) {
 		"scripts":                bkvScripts,
 		"password at a terminal": passwordAtATerminal,
 		"password changed":       passwordChanged,
+		"change of key cut off":  changeOfKeyCutOff,
 		"old password asked for": oldPasswordAskedFor,
 		"no key to ask for":      noKeyToAskFor,
 		"frozen key":             frozenKey,
@@ -67,6 +68,7 @@ func bkvScripts(t *testing.T, s *served) {
 }
 
 func runBkvScripts(t *testing.T, dir string, environment func(*testscript.Env) []string) {
+	lookAtSources()
 	testscript.Run(t, testscript.Params{
 		Dir: dir, WorkdirRoot: t.TempDir(), UpdateScripts: *update, RequireUniqueNames: true,
 		Setup: func(e *testscript.Env) error {

@@ -1,10 +1,18 @@
 package e2e_test
 
 import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync/atomic"
 	"testing"
 )
 
@@ -45,6 +53,59 @@ func hasNothing(t *testing.T, env []string) {
 	t.Helper()
 	if o := run(t, env, "bkv", "status"); o.code != 1 || !strings.Contains(o.stderr, "not set up on this device") {
 		t.Errorf("the device has something: %+v", o)
+	}
+}
+
+// A change of the key is cut off at each of its requests, before the vault has it and after: the device owns what the
+// vault has all the same, and backs nothing up under a key that the vault may not have.
+func changeOfKeyCutOff(t *testing.T, s *served) {
+	upstream, err := url.Parse(s.vault.url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 4 {
+		arrives, verify := i%2 == 0, i/2 == 0
+		for n := 1; ; n++ {
+			device, _ := s.withPassword(t, fmt.Sprintf("cut-%d-%d", n, i), bluePassword)
+			dir := t.TempDir()
+			there, green, yellow := filepath.Join(dir, "there"), write(t, dir, "green", greenPassword), write(t, dir, "yellow", yellowPassword)
+			ctx, kill := context.WithCancel(t.Context())
+			var requests atomic.Int32
+			forward := httputil.NewSingleHostReverseProxy(upstream)
+			between := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.Method != http.MethodPost || int(requests.Add(1)) != n {
+					forward.ServeHTTP(w, r)
+					return
+				}
+				if arrives {
+					forward.ServeHTTP(httptest.NewRecorder(), r)
+				} else {
+					_, _ = io.Copy(io.Discard, r.Body)
+				}
+				kill()
+				<-r.Context().Done() // bkv is gone
+			}))
+			err := program(ctx, append(device, "BKV_VAULT_URL="+between.URL), "bkv", "password", "--new-key", "--new-password-file="+green).Run()
+			kill()
+			between.Close()
+			if err == nil {
+				if n < 4 { // status, start, stage, activation
+					t.Fatalf("the change was over after %d requests", n-1)
+				}
+				break
+			}
+			if o := run(t, device, "bkv", "backup", dir, there); n > 1 && (o.code != 1 || !strings.Contains(o.stderr, "a change of the key was interrupted")) {
+				t.Errorf("request %d, arrived %t: a backup under a key that the vault may not have: %+v", n, arrives, o)
+			}
+			if !verify {
+				mustRun(t, device, "bkv", "password", "--new-password-file="+yellow)
+				opens(t, device, yellowPassword)
+			} else if o := run(t, device, "bkv", "verify", "--password-file="+green); o.code != 0 { // the vault has the old one
+				opens(t, device, bluePassword)
+			}
+			mustRun(t, device, "bkv", "backup", dir, there)
+			mustRun(t, device, "bkv", "password", "--new-key", "--new-password-file="+green) // as if nothing had been
+		}
 	}
 }
 
