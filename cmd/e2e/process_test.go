@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,11 +23,23 @@ var bareEnv = []string{"PATH=" + os.Getenv("PATH"), "TMPDIR=" + os.TempDir(), "G
 // program makes a command of ours. It dies with the tests, whatever becomes of them,
 // and knows of the environment only what it is given.
 func program(ctx context.Context, env []string, name string, args ...string) *exec.Cmd {
+	lookAtSources()
 	cmd := exec.CommandContext(ctx, filepath.Join(bin, name), args...)
 	cmd.Env = append(slices.Clone(bareEnv), env...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	return cmd
 }
+
+// lookAtSources opens the folders that the programs are built from: go test's cache knows only what a test has
+// opened, and would give yesterday's result to today's programs.
+var lookAtSources = sync.OnceFunc(func() {
+	_ = filepath.WalkDir("../..", func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() && (d.Name() == ".git" || d.Name() == "artefacts") {
+			return filepath.SkipDir
+		}
+		return nil
+	})
+})
 
 // outcome is how a program ended.
 type outcome struct {

@@ -42,6 +42,7 @@ import (
 //
 // puts the ceremony's fingerprint that vaultctl wrote last into the environment.
 func TestScripts(t *testing.T) {
+	lookAtSources()
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script", WorkdirRoot: t.TempDir(), // which goes away even where only some scripts run
 		UpdateScripts: *update, RequireUniqueNames: true, Setup: setupScript,
