@@ -80,7 +80,8 @@ func (e *TooEarlyError) Error() string {
 }
 
 // RateLimitedError says that this user, or the whole app, asks too often. Nothing was
-// charged; the same operation can be tried again after Wait.
+// charged; the same operation can be tried again after Wait. Waits of up to ten seconds are
+// waited for before it comes to this.
 type RateLimitedError struct {
 	Wait time.Duration
 }

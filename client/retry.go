@@ -82,12 +82,9 @@ func (c *Client) send(ctx context.Context, r *Request, token string, key *ohttp.
 			try-- // as below
 			continue
 		case outside != nil:
+			var again bool
 			p := outside.problem()
-			if !p.fault() {
-				return outside.refusal()
-			}
-			err = fmt.Errorf("%w: %w", ErrUnavailable, err)
-			if p.wait() > maxRetryAfter {
+			if err, again = p.again(err, outside.refusal()); !again {
 				return err
 			}
 			wait += p.wait()
@@ -109,13 +106,9 @@ func (c *Client) send(ctx context.Context, r *Request, token string, key *ohttp.
 			try-- // a token that ran out is no fault
 			continue
 		default:
-			err = refusal(response)
-			var p *Problem
-			if !errors.As(err, &p) || !p.fault() {
-				return err
-			}
-			err = fmt.Errorf("%w: %w", ErrUnavailable, err)
-			if p.wait() > maxRetryAfter {
+			var again bool
+			p := problemOf(response)
+			if err, again = p.again(p, refusal(response)); !again {
 				return err
 			}
 			wait += p.wait()
@@ -133,6 +126,16 @@ func (c *Client) send(ctx context.Context, r *Request, token string, key *ohttp.
 // when it is sent again. An account fault stays until somebody looks at it.
 func (p *Problem) fault() bool {
 	return p.Status == 502 || p.Status == 503 && p.Type != api.AccountFault || p.Status == 504
+}
+
+// again reports whether the request may be sent again within this operation, after p.wait(): after a fault, and where too many
+// came in a short time. It returns the error for when that does not help.
+func (p *Problem) again(fault, refusal error) (error, bool) {
+	soon := p.wait() <= maxRetryAfter
+	if p.fault() {
+		return fmt.Errorf("%w: %w", ErrUnavailable, fault), soon
+	}
+	return refusal, soon && p.Type == api.RateLimited
 }
 
 func backoff(try int) time.Duration {

@@ -68,7 +68,9 @@ func TestRetries(t *testing.T) {
 		"503 and a date":                 {[]client.Response{problem(503, api.StoreUnavailable, "Wed, 21 Oct 2026 07:28:00 GMT"), ok}, 2, nil, 0},
 		"503 account fault":              {[]client.Response{problem(503, api.AccountFault, ""), ok}, 1, &client.Problem{}, 0},
 		"500":                            {[]client.Response{problem(500, api.Internal, ""), ok}, 1, &client.Problem{}, 0},
-		"429":                            {[]client.Response{problem(429, api.RateLimited, "1"), ok}, 1, &client.RateLimitedError{}, 0},
+		"429 for a second":               {[]client.Response{problem(429, api.RateLimited, "1"), ok}, 2, nil, time.Second},
+		"429 for long":                   {[]client.Response{problem(429, api.RateLimited, "60"), ok}, 1, &client.RateLimitedError{}, 0},
+		"429 too early":                  {[]client.Response{problem(429, api.TooEarly, "1"), ok}, 1, &client.TooEarlyError{}, 0},
 		"400":                            {[]client.Response{problem(400, api.InvalidRequest, ""), ok}, 1, &client.Problem{}, 0},
 		"404":                            {[]client.Response{problem(404, api.NotEnrolled, ""), ok}, 1, client.ErrNotEnrolled, 0},
 		"404 of somebody else's":         {[]client.Response{{Status: 404, Body: []byte("not here")}, ok}, 1, &client.Problem{}, 0},
@@ -85,6 +87,7 @@ func TestRetries(t *testing.T) {
 				_, err := newClient(t, s.config("alice", transport)).Status(t.Context())
 				var p *client.Problem
 				var limited *client.RateLimitedError
+				var early *client.TooEarlyError
 				switch {
 				case test.err == nil:
 					if err != nil {
@@ -95,8 +98,12 @@ func TestRetries(t *testing.T) {
 						t.Errorf("want a problem, got: %v", err)
 					}
 				case errors.As(test.err, &limited):
-					if !errors.As(err, &limited) || limited.Wait != time.Second {
+					if !errors.As(err, &limited) || limited.Wait != time.Minute {
 						t.Errorf("want a limit, got: %v", err)
+					}
+				case errors.As(test.err, &early):
+					if !errors.As(err, &early) || early.Wait != time.Second {
+						t.Errorf("want too early, got: %v", err)
 					}
 				case !errors.Is(err, test.err):
 					t.Errorf("want %v, got: %v", test.err, err)

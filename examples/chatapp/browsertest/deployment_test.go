@@ -66,7 +66,7 @@ func deploy(t *testing.T, tenantArgs ...string) *deployment {
 	fingerprint := strings.TrimSpace(run(t, env, "vaultctl", "identity"))
 
 	vaultdEnv := append(slices.Clone(env), "BKV_DATABASE_URL_FILE="+file("vaultd.url", d.vaultDB.RuntimeURL),
-		"BKV_LISTEN=127.0.0.1:0", "BKV_ADMIN_LISTEN=127.0.0.1:0", "BKV_LOG_LEVEL=debug", "BKV_ENROLMENTS_PER_USER=1000")
+		"BKV_LISTEN=127.0.0.1:0", "BKV_ADMIN_LISTEN=127.0.0.1:0", "BKV_LOG_LEVEL=debug", "BKV_ENROLMENTS_PER_USER=1000", "BKV_REQUESTS_PER_USER=100000")
 	d.vaultd = start(t, vaultdEnv, "vaultd")
 	d.back = newLink(t, d.vaultd.listen)
 	d.env = []string{

@@ -1,13 +1,13 @@
 // What went wrong, in words for the user, with the way on. The guide's table says the same.
 import { ServerError, clockAhead } from "./api.js";
 
-/** "5 minutes", "2 hours": how long to wait, rounded up. */
+/** "5 minutes", "2 hours": how long to wait, rounded up; the vault's clock is known to a second or two, which make no hour. */
 export function duration(seconds) {
   const unit = (n, name) => `${n} ${name}${n === 1 ? "" : "s"}`;
   if (seconds < 60) return unit(Math.max(1, seconds), "second");
-  const minutes = Math.ceil(seconds / 60);
+  const minutes = Math.ceil((seconds - 5) / 60);
   if (minutes < 60) return unit(minutes, "minute");
-  const hours = Math.ceil(seconds / 3600);
+  const hours = Math.ceil(minutes / 60);
   return hours < 48 ? unit(hours, "hour") : unit(Math.ceil(hours / 24), "day");
 }
 
